@@ -1,0 +1,266 @@
+"""Models as they lie on disk, and the little that a plan needs to know of them.
+
+`Spec` says what a model is, from `config.json` and safetensors headers alone; `Artifact` is a folder that describes
+itself as one. An artifact in the store is a folder with an `artifact.json`; a plain Hugging Face checkpoint and an
+ONNX Runtime GenAI folder are artifacts as they are. A fine-tuned model is a checkpoint (by reference) plus an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from coldpress.artifacts.tensors import TensorInfo, TensorSet
+from coldpress.errors import CheckpointError
+
+__all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "read_json"]
+
+ARTIFACT_FILE = "artifact.json"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A low-rank adapter on top of a checkpoint."""
+
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    """Last part of the names of the linear layers it changes."""
+
+
+@dataclass(frozen=True)
+class BaseQuantization:
+    """How the frozen base was quantized while an adapter was trained on it (QLoRA)."""
+
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+    compute_dtype: str
+    block_size: int = 64
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is."""
+
+    kind: Literal["checkpoint", "onnx"]
+    config: Mapping[str, Any] = field(repr=False)
+    """Hugging Face `config.json`."""
+    tensors: tuple[TensorInfo, ...] = field(default=(), repr=False)
+    """Weights of a checkpoint."""
+    precision: str = ""
+    """float32, float16, bfloat16 for a checkpoint; fp32, int4 ... for ONNX."""
+    adapter: AdapterSpec | None = None
+    base_quantization: BaseQuantization | None = None
+    """Set between QLoRA and the merge."""
+    execution_provider: str | None = None
+    """What an ONNX model is built for."""
+    unknown: str | None = None
+    """Why nothing more is known: the model lies in a registry that was not reached."""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def context_length(self) -> int | None:
+        value = self.config.get("max_position_embeddings")
+        return int(value) if value is not None else None
+
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of the decoder by module name: (out_features, in_features). Embeddings are left out."""
+        return {
+            tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+            for tensor in self.tensors
+            if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and "embed" not in tensor.name
+        }
+
+    def mismatch(self, other: Spec) -> str | None:
+        """The first thing in which a planned and a found model differ, in words; None when they agree."""
+        for name in ("kind", "model_type", "precision", "adapter", "base_quantization", "execution_provider"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name}: {mine!r} planned, {theirs!r} found"
+        if self.kind == "checkpoint":
+            mine_shapes = {tensor.name: tuple(tensor.shape) for tensor in self.tensors}
+            their_shapes = {tensor.name: tuple(tensor.shape) for tensor in other.tensors}
+            if mine_shapes != their_shapes:
+                odd = sorted(set(mine_shapes.items()) ^ set(their_shapes.items()))
+                return f"{len(odd)} tensors differ, the first: {odd[0][0]}"
+        return None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model on disk. `path` is its folder; a checkpoint's weights may lie elsewhere (`model`)."""
+
+    path: Path
+    kind: Literal["checkpoint", "onnx"]
+    model: Path
+    """Folder with `config.json` and weights, or with `model.onnx`."""
+    adapter: Path | None = None
+    """PEFT folder with `adapter_config.json` and `adapter_model.safetensors`."""
+    base_quantization: BaseQuantization | None = None
+    tokenizer: Path | None = None
+    """Folder with the tokenizer; None is `model`."""
+    precision: str | None = None
+    """Of an ONNX model: fp32, int4 ..."""
+    execution_provider: str | None = None
+    """What an ONNX model is built for."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.tokenizer or self.model
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Read a store folder, a checkpoint or an ONNX Runtime GenAI folder; raises CheckpointError."""
+        path = path.resolve()
+        if (path / ARTIFACT_FILE).is_file():
+            return cls._from_record(path, read_json(path / ARTIFACT_FILE))
+        if (path / "genai_config.json").is_file():
+            return cls(path, "onnx", path)
+        if (path / "adapter_config.json").is_file():
+            base = Path(str(read_json(path / "adapter_config.json").get("base_model_name_or_path", "")))
+            if not (base / "config.json").is_file():
+                raise CheckpointError(
+                    f"{path} is an adapter; its base model {str(base)!r} is not a local checkpoint folder",
+                    hint="give the base as the model and this folder as its adapter",
+                )
+            return cls(path, "checkpoint", base, adapter=path, tokenizer=path if _has_tokenizer(path) else None)
+        if (path / "config.json").is_file():
+            return cls(path, "checkpoint", path)
+        what = "is not there" if not path.exists() else "has neither config.json nor genai_config.json"
+        raise CheckpointError(
+            f"{path} {what}, so it is no model",
+            hint="a model is a Hugging Face checkpoint folder or an ONNX Runtime GenAI folder",
+        )
+
+    @classmethod
+    def _from_record(cls, path: Path, record: Mapping[str, Any]) -> Artifact:
+        def place(key: str) -> Path | None:
+            value = record.get(key)
+            return None if value is None else (path / str(value)).resolve()
+
+        quantization = record.get("base_quantization")
+        return cls(
+            path=path,
+            kind=record["kind"],
+            model=place("model") or path,
+            adapter=place("adapter"),
+            tokenizer=place("tokenizer"),
+            base_quantization=None if quantization is None else BaseQuantization(**quantization),
+            precision=record.get("precision"),
+            execution_provider=record.get("execution_provider"),
+        )
+
+    def save(self) -> None:
+        """Write `artifact.json` into the folder; places inside it are kept relative."""
+
+        def place(target: Path | None) -> str | None:
+            if target is None:
+                return None
+            try:
+                return target.relative_to(self.path).as_posix()
+            except ValueError:
+                return str(target)
+
+        record = {
+            "kind": self.kind,
+            "model": place(self.model),
+            "adapter": place(self.adapter),
+            "tokenizer": place(self.tokenizer),
+            "base_quantization": None if self.base_quantization is None else vars(self.base_quantization),
+            "precision": self.precision,
+            "execution_provider": self.execution_provider,
+        }
+        record = {key: value for key, value in record.items() if value is not None}
+        (self.path / ARTIFACT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def moved(self, folder: Path) -> Artifact:
+        """The same artifact after its folder was renamed to `folder`."""
+
+        def place(target: Path | None) -> Path | None:
+            if target is None or not target.is_relative_to(self.path):
+                return target
+            return folder / target.relative_to(self.path)
+
+        return replace(
+            self,
+            path=folder,
+            model=place(self.model) or folder,
+            adapter=place(self.adapter),
+            tokenizer=place(self.tokenizer),
+        )
+
+    def describe(self) -> Spec:
+        """What the model is, from its configs and headers; raises CheckpointError."""
+        if self.kind == "onnx":
+            return self._describe_onnx()
+        config = read_json(self.model / "config.json")
+        with TensorSet.open(self.model) as tensors:
+            infos = tuple(tensors.infos())
+        adapter = None
+        if self.adapter is not None:
+            record = read_json(self.adapter / "adapter_config.json")
+            adapter = AdapterSpec(
+                r=int(record["r"]),
+                alpha=float(record["lora_alpha"]),
+                target_modules=tuple(sorted(str(name) for name in record["target_modules"])),
+            )
+        return Spec(
+            kind="checkpoint",
+            config=config,
+            tensors=infos,
+            precision=_main_dtype(infos),
+            adapter=adapter,
+            base_quantization=self.base_quantization,
+        )
+
+    def _describe_onnx(self) -> Spec:
+        genai = read_json(self.model / "genai_config.json")
+        beside = self.model / "config.json"
+        config = read_json(beside) if beside.is_file() else {"model_type": genai.get("model", {}).get("type", "unknown")}
+        return Spec(
+            kind="onnx",
+            config=config,
+            precision=self.precision or "",
+            execution_provider=self.execution_provider,
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model; raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing", hint="is the download complete?") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}", hint="download the model again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
+
+
+def _main_dtype(tensors: tuple[TensorInfo, ...]) -> str:
+    """The dtype that holds most bytes."""
+    weight: dict[str, int] = {}
+    for tensor in tensors:
+        weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.nbytes
+    return max(weight, key=lambda name: weight[name]) if weight else "unknown"

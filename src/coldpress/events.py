@@ -1,0 +1,155 @@
+"""Progress as typed values. A sink is any callable that takes an `Event`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "Event",
+    "Message",
+    "ParityMeasured",
+    "Progress",
+    "RunFinished",
+    "RunStarted",
+    "ScoreMeasured",
+    "Sink",
+    "StepFailed",
+    "StepFinished",
+    "StepStarted",
+    "event_from_dict",
+    "event_to_dict",
+    "event_to_json",
+]
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    workflow: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepStarted:
+    step: str
+    kind: str
+    """Pass type, or `parity`, `evaluate`."""
+    key: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a step stands. `values` are figures worth showing: `loss`, `tokens_per_second`, `learning_rate` ..."""
+
+    step: str
+    done: float
+    total: float
+    unit: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Message:
+    level: Literal["debug", "info", "warning", "error"]
+    text: str
+    step: str = ""
+
+
+@dataclass(frozen=True)
+class ParityMeasured:
+    step: str
+    kl: float
+    """Mean KL divergence, nats per token."""
+    top1_agreement: float
+    perplexity_reference: float
+    perplexity: float
+    tokens: int
+    passed: bool
+    limit: str
+
+
+@dataclass(frozen=True)
+class ScoreMeasured:
+    model: str
+    metric: str
+    value: float
+    standard_error: float
+    n: int
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    step: str
+    kind: str
+    cached: bool
+    seconds: float
+    peak_bytes: int | None = None
+    """Highest resident memory of the step's process, in bytes."""
+    peak_anonymous_bytes: int | None = None
+    """The part of it that no file backs."""
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class StepFailed:
+    step: str
+    kind: str
+    error: str
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    output: str
+    seconds: float
+    record: str
+
+
+Event = (
+    RunStarted
+    | StepStarted
+    | Progress
+    | Message
+    | ParityMeasured
+    | ScoreMeasured
+    | StepFinished
+    | StepFailed
+    | RunFinished
+)
+Sink = Callable[[Event], None]
+
+_TYPES: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        RunStarted,
+        StepStarted,
+        Progress,
+        Message,
+        ParityMeasured,
+        ScoreMeasured,
+        StepFinished,
+        StepFailed,
+        RunFinished,
+    )
+}
+
+
+def event_to_dict(event: Event) -> dict[str, Any]:
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def event_to_json(event: Event) -> str:
+    return json.dumps(event_to_dict(event), ensure_ascii=False)
+
+
+def event_from_dict(data: Mapping[str, Any]) -> Event:
+    """Inverse of `event_to_dict`; raises KeyError for an unknown event name."""
+    fields = {key: value for key, value in data.items() if key != "event"}
+    if "steps" in fields:
+        fields["steps"] = tuple(fields["steps"])
+    event: Event = _TYPES[data["event"]](**fields)
+    return event
