@@ -129,7 +129,7 @@ class Artifact:
         """Read a store folder, a checkpoint or an ONNX Runtime GenAI folder; raises CheckpointError."""
         path = path.resolve()
         if (path / ARTIFACT_FILE).is_file():
-            return cls._from_record(path, read_json(path / ARTIFACT_FILE))
+            return cls.from_record(path, read_json(path / ARTIFACT_FILE))
         if (path / "genai_config.json").is_file():
             return cls(path, "onnx", path)
         if (path / "adapter_config.json").is_file():
@@ -149,7 +149,9 @@ class Artifact:
         )
 
     @classmethod
-    def _from_record(cls, path: Path, record: Mapping[str, Any]) -> Artifact:
+    def from_record(cls, path: Path, record: Mapping[str, Any]) -> Artifact:
+        """Inverse of `record`; relative places are inside `path`."""
+
         def place(key: str) -> Path | None:
             value = record.get(key)
             return None if value is None else (path / str(value)).resolve()
@@ -166,8 +168,8 @@ class Artifact:
             execution_provider=record.get("execution_provider"),
         )
 
-    def save(self) -> None:
-        """Write `artifact.json` into the folder; places inside it are kept relative."""
+    def record(self) -> dict[str, Any]:
+        """What `artifact.json` holds; places inside the folder are relative."""
 
         def place(target: Path | None) -> str | None:
             if target is None:
@@ -186,8 +188,11 @@ class Artifact:
             "precision": self.precision,
             "execution_provider": self.execution_provider,
         }
-        record = {key: value for key, value in record.items() if value is not None}
-        (self.path / ARTIFACT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return {key: value for key, value in record.items() if value is not None}
+
+    def save(self) -> None:
+        """Write `artifact.json` into the folder."""
+        (self.path / ARTIFACT_FILE).write_text(json.dumps(self.record(), indent=2) + "\n", encoding="utf-8")
 
     def moved(self, folder: Path) -> Artifact:
         """The same artifact after its folder was renamed to `folder`."""

@@ -108,6 +108,8 @@ class Pass(Protocol[C]):
     """Part of the cache key; raised when output bytes change."""
     libraries: ClassVar[tuple[str, ...]]
     """Distributions whose versions are part of the cache key."""
+    preload: ClassVar[tuple[str, ...]]
+    """Modules that `run` imports, so that a waiting process can import them early."""
     needs_torch: ClassVar[bool]
     """Whether `run` needs the process that has torch loaded."""
 

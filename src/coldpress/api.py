@@ -1,0 +1,57 @@
+"""The library's front door: what the command line does, as four functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coldpress.config.load import LoadedConfig
+from coldpress.config.load import load_config as _load
+from coldpress.engine.plan import Plan, check_plan, make_plan
+from coldpress.engine.result import RunResult
+from coldpress.engine.run import run as _run
+from coldpress.events import Sink
+from coldpress.registry import PASSES
+
+__all__ = ["check", "load_config", "plan", "run"]
+
+Source = str | Path | Mapping[str, Any] | LoadedConfig
+
+
+def load_config(source: Source, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a workflow: a JSON or YAML file, or the same as a mapping.
+
+    `overrides` are `key.path=value`. Raises ConfigError with every problem at once.
+    """
+    if isinstance(source, LoadedConfig):
+        return source
+    place: Path | Mapping[str, Any] = Path(source) if isinstance(source, str) else source
+    return _load(place, overrides, passes={name: PASSES[name].Config for name in PASSES})
+
+
+def check(source: Source, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Like `load_config`; the name says that nothing else is done."""
+    return load_config(source, overrides)
+
+
+def plan(source: Source, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Plan:
+    """What a workflow would do here: steps, cached or not, estimates. Raises ConfigError for what cannot work."""
+    made = make_plan(load_config(source, overrides), trust_remote_code=trust_remote_code)
+    check_plan(made, to_run=False)
+    return made
+
+
+def run(
+    source: Source,
+    overrides: Sequence[str] = (),
+    *,
+    sinks: Iterable[Sink] = (),
+    trust_remote_code: bool = False,
+) -> RunResult:
+    """Run a workflow and return what came out.
+
+    Raises ConfigError before any work, StepError (ParityError, TrainingError ...) when a step fails, Interrupted when
+    it is stopped. What was finished is kept: the same call goes on from there. `sinks` get the progress events.
+    """
+    return _run(load_config(source, overrides), sinks=sinks, trust_remote_code=trust_remote_code)

@@ -1,0 +1,476 @@
+"""Do what the plan says, step by step: cached or worked, proved, committed, measured, published."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import coldpress
+from coldpress.artifacts.base import Artifact
+from coldpress.config.load import LoadedConfig
+from coldpress.config.schema import AzureMLResource, Metric
+from coldpress.data.sources import files_of
+from coldpress.digest import digest_files, digest_value
+from coldpress.engine.places import model_files
+from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
+from coldpress.engine.result import RunResult, Score, StepResult
+from coldpress.engine.store import Entry, disk_errors, publish, write_json
+from coldpress.errors import ColdpressError, Interrupted, ParityError, PlanError, StepError
+from coldpress.events import (
+    Event,
+    Message,
+    ParityMeasured,
+    RunFinished,
+    RunStarted,
+    ScoreMeasured,
+    Sink,
+    StepFailed,
+    StepFinished,
+    StepStarted,
+)
+from coldpress.hardware import library_versions
+from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
+from coldpress.systems.local import Worker
+
+__all__ = ["run"]
+
+_WORKER_MODULE = "coldpress.engine.worker"
+_EVALUATION_VERSION = 1
+"""Part of the key of a cached score; raised when a score would come out differently."""
+_RECORDED_LIBRARIES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "onnx-ir", "onnxruntime",
+    "onnxruntime-genai", "numpy", "numba", "tokenizers", "safetensors",
+)  # fmt: skip
+
+
+def run(
+    loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False
+) -> RunResult:
+    """Run a workflow to its end.
+
+    Raises ConfigError before any work when it cannot run, StepError and its kin when a step fails, Interrupted when
+    the user stops it. Whatever was finished stays in the store, and the next run goes on from there.
+    """
+    plan = make_plan(loaded, trust_remote_code=trust_remote_code, hash_everything=True)
+    if plan.model.hub_id is not None:
+        check_plan(plan, to_run=True)
+        _download(plan.model.hub_id, plan.model.revision)
+        plan = make_plan(loaded, trust_remote_code=trust_remote_code, hash_everything=True)
+    check_plan(plan, to_run=True)
+    plan.store.prepare()
+    with disk_errors(plan.store.root):
+        plan.store.digests.save()
+    session = _Session(plan, tuple(sinks))
+    try:
+        return session.run()
+    except KeyboardInterrupt:
+        session.stop()
+        raise Interrupted(
+            "stopped; finished steps are kept", hint="the same command goes on from where this one stopped"
+        ) from None
+    finally:
+        session.close()
+
+
+def _download(hub_id: str, revision: str | None) -> None:
+    """Fetch a checkpoint from the hub into its cache: configs, safetensors, tokenizer."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise PlanError(f"{hub_id} is on the hub, and huggingface_hub is not installed", hint="pip install 'coldpress[cpu]'") from error
+    try:
+        snapshot_download(
+            hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PlanError(
+            f"the model {hub_id!r} is no folder here, and the hub did not give it: {type(error).__name__}: {error}",
+            hint="check the name and the network; a private model needs HF_TOKEN in the environment",
+        ) from error
+
+
+class _Session:
+    """One run: its plan, its worker processes, what it has measured so far."""
+
+    def __init__(self, plan: Plan, sinks: tuple[Sink, ...]) -> None:
+        self.plan = plan
+        self.sinks = sinks
+        self.workers: dict[bool, Worker] = {}
+        self.steps: list[StepResult] = []
+        self.scores: list[Score] = []
+        self.warnings: list[str] = []
+        self.started = time.perf_counter()
+        self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Message) and event.level == "warning":
+            self.warnings.append(f"{event.step}: {event.text}" if event.step else event.text)
+        for sink in self.sinks:
+            sink(event)
+
+    def say(self, text: str, step: str = "", level: Any = "info") -> None:
+        self.emit(Message(level, text, step))
+
+    def run(self) -> RunResult:
+        workflow = self.plan.loaded.workflow
+        self.emit(RunStarted(workflow.workflow_id, tuple(step.name for step in self.plan.steps)))
+        for note in self.plan.notes:
+            self.say(note)
+        if workflow.clean_cache:
+            self._forget()
+        self._warm_up()
+        model, key = input_artifact(self.plan), self.plan.input_key
+        assert key is not None
+        if workflow.evaluator is not None and workflow.evaluate_input_model:
+            self._evaluate(workflow.evaluator, "input", model, key)
+        entry: Entry | None = None
+        for step in self.plan.steps:
+            entry = self._step(step, model)
+            model, key = entry.artifact(), entry.key
+            last = step is self.plan.steps[-1]
+            for evaluator in dict.fromkeys((step.evaluator, workflow.evaluator if last else None)):
+                if evaluator is not None:
+                    self._evaluate(evaluator, step.name, model, key)
+        output = self._publish(entry)
+        return self._record(output)
+
+    def _forget(self) -> None:
+        import shutil
+
+        for step in self.plan.steps:
+            if step.key is not None:
+                shutil.rmtree(self.plan.store.root / "steps" / step.key, ignore_errors=True)
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def _warm_up(self) -> None:
+        """Start the processes that will be needed, so that their imports run while something else works."""
+        missing = [step for step in self.plan.steps if step.key is None or self.plan.store.get(step.key) is None]
+        if missing:
+            for torch in {step.needs_torch for step in missing} | {
+                True for step in missing if step.limits is not None
+            }:
+                self._worker(torch)
+
+    def _worker(self, torch: bool) -> Worker:
+        worker = self.workers.get(torch)
+        if worker is None or not worker.alive:
+            preload: dict[str, None] = {}
+            for step in self.plan.steps:
+                if step.needs_torch == torch and not step.cached:
+                    from coldpress.registry import PASSES
+
+                    preload.update(dict.fromkeys(PASSES[step.type].preload))
+            worker = Worker(
+                _WORKER_MODULE,
+                preload=tuple(preload),
+                log=self.plan.store.root / "logs" / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
+                # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
+                environment={
+                    "HF_HUB_DISABLE_TELEMETRY": "1",
+                    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                    "DISABLE_TELEMETRY": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "TRANSFORMERS_VERBOSITY": "warning",
+                },
+            )
+            self.workers[torch] = worker
+        return worker
+
+    def _perform(self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any) -> dict[str, Any]:
+        job = Job(
+            kind=kind,
+            step=step,
+            model=artifact_to_dict(model),
+            accelerator=self.plan.accelerator.model_dump(mode="json"),
+            data_configs={name: config.model_dump(mode="json") for name, config in self.plan.data_configs.items()},
+            trust_remote_code=self.plan.trust_remote_code,
+            parameters=parameters,
+        )
+        return self._worker(torch).perform(job, self.emit, advice=lambda: advice)
+
+    def stop(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step, model: Artifact) -> Entry:
+        assert step.key is not None
+        store = self.plan.store
+
+        def waiting() -> None:
+            self.say("another run is making this step; waiting for it", step.name)
+
+        with store.lock(step.key, waiting):
+            entry = store.get(step.key, touch=True)
+            if entry is None:
+                entry = self._work(step, model)
+                cached = False
+            else:
+                cached = True
+        result = _step_result(step, entry, cached)
+        self.steps.append(result)
+        self.emit(
+            StepFinished(
+                step=step.name,
+                kind=step.type,
+                cached=cached,
+                seconds=result.seconds,
+                peak_bytes=result.peak_bytes,
+                peak_anonymous_bytes=result.peak_anonymous_bytes,
+                output=str(entry.path),
+            )
+        )
+        return entry
+
+    def _work(self, step: Step, model: Artifact) -> Entry:
+        """Run the pass, check what it made, prove it, commit it. On failure nothing of it stays but its checkpoints."""
+        assert step.key is not None
+        self.emit(StepStarted(step.name, step.type, step.key))
+        out, work = self.plan.store.partial(step.key)
+        done = False
+        try:
+            result = self._perform(
+                "pass", step.name, model, step.needs_torch, _memory_advice(step),
+                type=step.type, config=step.config.model_dump(mode="json"), output=str(out), work=str(work),
+            )  # fmt: skip
+            artifact = artifact_from_dict(result["artifact"])
+            if (difference := step.spec.mismatch(artifact.describe())) is not None:
+                raise StepError(
+                    f"step {step.name} made something else than was planned: {difference}",
+                    hint="this is a bug in the pass; please report it with the config",
+                )
+            record = {
+                "pass": step.type,
+                "step": step.name,
+                "coldpress": coldpress.__version__,
+                "libraries": library_versions(_RECORDED_LIBRARIES),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "config": step.config.model_dump(mode="json"),
+                "refers_to": _refers_to(artifact, self.plan.store.root),
+                **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
+            }
+            if step.limits is not None:
+                record["parity"] = self._prove(step, model, artifact)
+            entry = self.plan.store.commit(step.key, artifact, record)
+            done = True
+            return entry
+        except ColdpressError as error:
+            self.emit(StepFailed(step.name, step.type, str(error)))
+            raise _at_step(error, step, self.steps) from error
+        finally:
+            if not done:
+                self.plan.store.discard(step.key, keep_work=True)
+
+    def _prove(self, step: Step, reference: Artifact, candidate: Artifact) -> dict[str, Any]:
+        """Compare the result of a step with its input on text; raises ParityError beyond the limit."""
+        assert step.limits is not None
+        self.emit(StepStarted(step.name, "parity"))
+        result = self._perform(
+            "parity", step.name, candidate, True, "both models are loaded to compare them: free some memory, "
+            "or set parity.enabled to false for this step (run.json then says that nothing was proved)",
+            reference=artifact_to_dict(reference), text=_parity_text(self.plan, step),
+        )  # fmt: skip
+        measured = result["parity"]
+        growth = measured["perplexity"] / measured["perplexity_reference"] - 1
+        passed = measured["kl"] <= step.limits.kl and growth <= step.limits.perplexity_increase
+        limit = f"KL {step.limits.kl:g}, perplexity +{step.limits.perplexity_increase:.1%}"
+        event = ParityMeasured(step=step.name, passed=passed, limit=limit, **measured)
+        self.emit(event)
+        if not passed:
+            raise ParityError(
+                f"the result of {step.name} is too far from its input: mean KL {event.kl:.4g} nats a token, "
+                f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} ({growth:+.1%}) "
+                f"on {event.tokens} tokens; the limit is {limit}",
+                hint=f"use a finer setting (smaller block, int8), or raise passes.{step.name}.parity.max_kl",
+            )
+        return {
+            **{name: value for name, value in dataclasses.asdict(event).items() if name != "step"},
+            **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
+        }
+
+    # -- measures -----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, evaluator: str, label: str, model: Artifact, key: str) -> None:
+        for metric in self.plan.evaluator(evaluator).metrics:
+            score_key = digest_value(
+                {"version": _EVALUATION_VERSION, "model": key, "metric": self._metric_identity(metric),
+                 "libraries": library_versions(("torch", "transformers", "onnxruntime"))}
+            )  # fmt: skip
+            found = self.plan.store.score(score_key)
+            cached = found is not None
+            if found is None:
+                self.emit(StepStarted(label, "evaluate", detail=metric.name))
+                result = self._perform(
+                    "evaluate", label, model, model.kind == "checkpoint", "use a smaller batch_size in the metric",
+                    metric=metric.model_dump(mode="json"),
+                )  # fmt: skip
+                found = {**result["score"], "seconds": result["seconds"], "peak_bytes": result["peak_bytes"]}
+                self.plan.store.put_score(score_key, found)
+            score = Score(
+                model=label,
+                metric=metric.name,
+                value=found["value"],
+                standard_error=found["standard_error"],
+                n=found["n"],
+                higher_is_better=metric.sub_types[0].higher_is_better,
+                cached=cached,
+            )
+            self.scores.append(score)
+            self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached))
+
+    def _metric_identity(self, metric: Metric) -> Any:
+        identity = metric.model_dump(mode="json", exclude={"name", "batch_size", "data_config"})
+        config = self.plan.data_configs[metric.data_config] if isinstance(metric.data_config, str) else metric.data_config
+        if isinstance(config.load_dataset_config.data_files, AzureMLResource):
+            return identity
+        files = files_of(config)
+        identity["data"] = config.model_dump(mode="json", exclude={"name": True, "load_dataset_config": {"data_files"}})
+        identity["files"] = digest_files(files, self.plan.store.digests) if files else None
+        return identity
+
+    # -- output -------------------------------------------------------------------------------------------------------
+
+    def _publish(self, entry: Entry | None) -> Path:
+        if entry is None:
+            raise PlanError("the workflow has no passes, so there is no model to hand over", hint="add a pass, or use `coldpress check`")
+        output_dir = self.plan.output_dir
+        target = output_dir / "model"
+        if _already_published(output_dir, entry):
+            return target
+        (output_dir / "run.json").unlink(missing_ok=True)
+        return publish(entry, output_dir)
+
+    def _record(self, output: Path) -> RunResult:
+        plan, seconds = self.plan, time.perf_counter() - self.started
+        path = plan.output_dir / "run.json"
+        result = RunResult(output, path, tuple(self.steps), tuple(self.scores), seconds)
+        published = {
+            file.relative_to(output).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns]
+            for file in sorted(output.rglob("*")) if file.is_file()
+        }  # fmt: skip
+        record = {
+            "coldpress": coldpress.__version__,
+            "started": self.started_at,
+            "seconds": round(seconds, 3),
+            "config_file": str(plan.loaded.path) if plan.loaded.path else None,
+            "dialect": plan.loaded.dialect,
+            "config": plan.loaded.document,
+            "hardware": dataclasses.asdict(plan.hardware),
+            "libraries": library_versions(_RECORDED_LIBRARIES),
+            "input": {"key": plan.input_key, "path": str(input_artifact(plan).model)},
+            "output": {"key": self.steps[-1].key, "path": str(output), "files": published},
+            "steps": [_plain(step) for step in self.steps],
+            "scores": [_plain(score) for score in self.scores],
+            "warnings": self.warnings,
+        }
+        with disk_errors(plan.output_dir):
+            write_json(path, record)
+        plan.store.digests.save()
+        self.emit(RunFinished(str(output), seconds, str(path)))
+        return result
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A result as JSON values: paths as text."""
+    return {
+        name: str(item) if isinstance(item, Path) else item for name, item in dataclasses.asdict(value).items()
+    }
+
+
+def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
+    record = entry.record
+    parity = record.get("parity")
+    measured = None
+    if parity is not None:
+        names = {field.name for field in dataclasses.fields(ParityMeasured)}
+        measured = ParityMeasured(step=step.name, **{name: value for name, value in parity.items() if name in names})
+    return StepResult(
+        name=step.name,
+        type=step.type,
+        key=entry.key,
+        cached=cached,
+        seconds=record["seconds"],
+        peak_bytes=record["peak_bytes"],
+        peak_anonymous_bytes=record["peak_anonymous_bytes"],
+        path=entry.path,
+        parity=measured,
+        parity_seconds=0.0 if parity is None else parity["seconds"],
+        parity_peak_bytes=0 if parity is None else parity["peak_bytes"],
+    )
+
+
+def _parity_text(plan: Plan, step: Step) -> dict[str, Any]:
+    """Which text to compare on: what the config names, else held-out data of a training step, else of the evaluator."""
+    text: dict[str, Any] = {"tokens": step.parity.tokens, "data_config": step.parity.data_config, "held_out": None}
+    if step.parity.data_config is not None:
+        return text
+    for other in plan.steps:
+        train = getattr(other.config, "train_data_config", None)
+        if train is None:
+            continue
+        held_out = getattr(other.config, "eval_data_config", None)
+        share = getattr(other.config, "eval_dataset_size", None)
+        if held_out is not None:
+            return {**text, "data_config": held_out}
+        if share is not None:
+            seed = other.config.training_args.get("data_seed") or other.config.training_args.get("seed") or 42
+            return {**text, "data_config": train, "held_out": {"size": share, "seed": seed}}
+    evaluator = plan.loaded.workflow.evaluator
+    if evaluator is not None:
+        used = plan.evaluator(evaluator).metrics[0].data_config
+        return {**text, "data_config": used if isinstance(used, str) else None}
+    return text
+
+
+def _refers_to(artifact: Artifact, root: Path) -> list[str]:
+    """Keys of other steps in the store that this artifact points into."""
+    steps = (root / "steps").resolve()
+    places = [place for place in (artifact.model, artifact.adapter, artifact.tokenizer) if place is not None]
+    keys = {place.relative_to(steps).parts[0] for place in places if place.is_relative_to(steps)}
+    return sorted(keys)
+
+
+def _already_published(output_dir: Path, entry: Entry) -> bool:
+    """Whether the last run put this very model there and nobody changed it."""
+    import json
+
+    try:
+        record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        if record["output"]["key"] != entry.key:
+            return False
+        for name, (size, mtime_ns) in record["output"]["files"].items():
+            status = (output_dir / "model" / name).stat()
+            if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
+                return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _memory_advice(step: Step) -> str:
+    """What to change when the operating system killed a step."""
+    estimate = "" if step.estimate is None else f"the plan estimated {step.estimate.ram / 1e9:.2f} GB; "
+    if step.type in ("LoRA", "QLoRA"):
+        return estimate + (
+            "lower per_device_train_batch_size or max_seq_len, set gradient_checkpointing, or use QLoRA"
+        )
+    return estimate + "close other programs or use a machine with more memory"
+
+
+def _at_step(error: ColdpressError, step: Step, before: list[StepResult]) -> ColdpressError:
+    """The same error, saying where it happened and what is already done."""
+    done = ", ".join(result.name for result in before)
+    message = error.message if step.name in error.message else f"step {step.name} ({step.type}): {error.message}"
+    if done:
+        message += f"\n  finished before it, and kept: {done}"
+    return type(error)(message, hint=error.hint)

@@ -1,0 +1,175 @@
+"""The process that does the work: jobs in, events and results out.
+
+`python -m coldpress.engine.worker [MODULE ...]` imports the modules while it waits, then reads one job a line. The real
+standard output carries the answers only; whatever libraries print goes to standard error, which is the step's log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from coldpress.artifacts.base import Artifact
+from coldpress.config.schema import Accelerator, DataConfig, Metric
+from coldpress.engine.store import as_store_error
+from coldpress.errors import ColdpressError, MissingExtraError, StoreError
+from coldpress.events import Event, event_to_json
+from coldpress.hardware import detect
+from coldpress.passes.base import Context
+from coldpress.registry import PASSES
+from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
+
+__all__ = ["PeakMeter", "main", "perform"]
+
+
+class PeakMeter:
+    """Highest resident and anonymous memory of this process while the block runs, in bytes, sampled every 20 ms."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.anonymous = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMeter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            total, anonymous = _resident()
+            self.total, self.anonymous = max(self.total, total), max(self.anonymous, anonymous)
+            if self._done.wait(0.02):
+                return
+
+
+def _resident() -> tuple[int, int]:
+    """(resident, of that anonymous) bytes of this process; where the system tells no more, both are the resident."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["VmRSS"].split()[0]) << 10, int(fields["RssAnon"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        import psutil
+
+        resident = int(psutil.Process().memory_info().rss)
+        return resident, resident
+
+
+def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
+    """Do one job in this process."""
+    data_configs = {name: DataConfig.model_validate(value) for name, value in job.data_configs.items()}
+    context = Context(
+        step=job.step,
+        output=Path(job.parameters.get("output", ".")),
+        work=Path(job.parameters.get("work", ".")),
+        hardware=detect(),
+        accelerator=Accelerator.model_validate(job.accelerator),
+        data_configs=data_configs,
+        emit=emit,
+        trust_remote_code=job.trust_remote_code,
+    )
+    model = artifact_from_dict(job.model)
+    started = time.perf_counter()
+    with PeakMeter() as peak:
+        result = _KINDS[job.kind](job, model, context)
+    return {
+        **result,
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": peak.total,
+        "peak_anonymous_bytes": peak.anonymous,
+    }
+
+
+def _run_pass(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
+    made = PASSES[job.parameters["type"]]()
+    config = made.Config.model_validate(job.parameters["config"])
+    return {"artifact": artifact_to_dict(made.run(config, model, context))}
+
+
+def _run_parity(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
+    from coldpress.parity import prove
+
+    reference = artifact_from_dict(job.parameters["reference"])
+    return {"parity": prove(reference, model, context, **job.parameters["text"])}
+
+
+def _run_evaluate(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
+    from coldpress.evaluate.accuracy import measure
+
+    return {"score": measure(Metric.model_validate(job.parameters["metric"]), model, context)}
+
+
+_KINDS: dict[str, Callable[[Job, Artifact, Context], dict[str, Any]]] = {
+    "pass": _run_pass,
+    "parity": _run_parity,
+    "evaluate": _run_evaluate,
+}
+
+
+def main() -> None:
+    # A private copy of standard output for answers; everything else that is printed goes to the log.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    lines: Queue[str | None] = Queue()
+    busy = threading.Event()
+    threading.Thread(target=_read, args=(lines, busy), daemon=True).start()
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+
+    def answer(text: str) -> None:
+        answers.write(text + "\n")
+
+    while (line := lines.get()) is not None:
+        busy.set()
+        try:
+            reply = {"result": perform(Job.from_dict(json.loads(line)), lambda event: answer(event_to_json(event)))}
+        except Exception as error:  # noqa: BLE001 - the one place in a worker: every failure becomes an answer
+            traceback.print_exc()
+            reply = {"error": _explain(error)}
+        answer(json.dumps(reply))
+        busy.clear()
+
+
+def _read(lines: Queue[str | None], busy: threading.Event) -> None:
+    """Hand over jobs as they come. When the parent is gone there is nobody to work for."""
+    for line in sys.stdin:
+        lines.put(line)
+    if busy.is_set():
+        os._exit(1)
+    lines.put(None)
+
+
+def _explain(error: Exception) -> dict[str, Any]:
+    """Type, message and hint of a failure, as JSON."""
+    known: Exception = error
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        known = as_store_error(error, Path(str(error.filename or Path.cwd())))
+    elif "No space left on device" in str(error) and not isinstance(error, StoreError):
+        known = as_store_error(OSError(28, "No space left on device"), Path.cwd())
+    elif isinstance(error, ModuleNotFoundError):
+        known = MissingExtraError(
+            f"the package {error.name} is not installed", hint="pip install 'coldpress[cpu]' (or [gpu])"
+        )
+    elif isinstance(error, MemoryError):
+        known = ColdpressError(f"not enough memory: {error}", hint="use a smaller batch or a shorter max_seq_len")
+    if isinstance(known, ColdpressError):
+        return {"type": type(known).__name__, "message": known.message, "hint": known.hint}
+    return {"type": type(error).__name__, "message": str(error), "hint": None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Block-wise round-to-nearest quantization of a weight matrix, in the layout of ONNX Runtime's MatMulNBits.
+
+    W       weights [n, k], row major; y = x W^T
+    g       block size: weights of one row that share a scale; 16, 32, 64, 128 or 256
+    b       blocks of a row, ceil(k/g); the last is filled up with zeros
+    codes   uint8 [n, b, g*bits/8]; 4 bits: two codes a byte, the even column in the low nibble
+    scales  float32 [n, b]
+    zeros   uint8 [n, ceil(b*bits/8)], packed like codes along the blocks; absent means 2^(bits-1) everywhere
+    w'      (code - zero) * scale, the weight that runs
+
+Symmetric scales are w_peak / -2^(bits-1), w_peak the entry of greatest magnitude with its sign: so all 2^bits codes are
+used and the peak is exact (as llama.cpp's Q4_0 and ONNX Runtime's own quantizer do it). Asymmetric ones span the block's
+range, widened to hold zero. With `candidates` > 1 the scale is searched: each candidate's codes get the least-squares scale
+sum(wc)/sum(cc), c = code - zero, and the one with the smallest squared error wins.
+
+Layout: com.microsoft.MatMulNBits in onnxruntime/docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BLOCK_SIZES", "NonFiniteWeightError", "Quantized", "dequantize", "quantize"]
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+class NonFiniteWeightError(ValueError):
+    """A weight is NaN or infinite. `row` is the first row that has one."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row} holds NaN or infinity")
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix; see the head of this module."""
+
+    codes: Bytes
+    scales: Floats
+    zeros: Bytes | None
+
+
+_FLAGS = {"nnan", "nsz", "reassoc", "contract"}
+"""Sums may be reordered and fused. Blocks with NaN or infinity are sorted out on their bits before any arithmetic."""
+
+
+def _jit(function: Callable[..., Any], signature: Any = None) -> Callable[..., Any]:
+    """Compile without the GIL, keep the machine code on disk; without a writable place for it, compile each time."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
+    try:
+        jitted = numba.njit(signature, cache=True, **options)(function)
+    except RuntimeError:  # numba found no folder that it may write
+        jitted = numba.njit(signature, **options)(function)
+    return jitted  # type: ignore[no-any-return]
+
+
+def _load(bits_in, row, start, width, shift, words):  # type: ignore[no-untyped-def]
+    """One block as float32 bit patterns into `words`; returns magnitude (31 bits) and sign (lowest bit) of its peak."""
+    peak = np.uint32(0)
+    for i in range(width):
+        word = np.uint32(np.uint32(bits_in[row, start + i]) << shift)  # Numba widens every shift to 64 bits
+        words[i] = word
+        peak = max(peak, np.uint32(np.uint32(word << np.uint32(1)) | np.uint32(word >> np.uint32(31))))
+    for i in range(width, words.size):
+        words[i] = np.uint32(0)
+    return peak
+
+
+def _range(x, peak, symmetric, half, levels, spare):  # type: ignore[no-untyped-def]
+    """Inverse scale of a block before any search; 0 for a block of zeros."""
+    if symmetric:
+        spare[0] = np.uint32(peak >> np.uint32(1))
+        span = spare.view(np.float32)[0]
+        signed = span if peak & np.uint32(1) else -span
+        return half / signed if span > 0 else np.float32(0)
+    low, high = np.float32(0), np.float32(0)
+    for i in range(x.size):
+        low, high = min(low, x[i]), max(high, x[i])
+    return levels / (high - low) if high > low else np.float32(0)
+
+
+def _zero(x, inverse, symmetric, half, levels):  # type: ignore[no-untyped-def]
+    """Zero point that goes with an inverse scale."""
+    if symmetric:
+        return half
+    low = np.float32(0)
+    for i in range(x.size):
+        low = min(low, x[i])
+    return np.float32(min(np.floor(np.float32(0.5) - low * inverse), levels))
+
+
+def _encode(x, inverse, zero, top, codes):  # type: ignore[no-untyped-def]
+    offset = zero + np.float32(0.5)
+    for i in range(x.size):
+        codes[i] = np.uint8(np.int32(max(min(x[i] * inverse + offset, top), np.float32(0))))
+
+
+def _fit(x, codes, zero):  # type: ignore[no-untyped-def]
+    """Least-squares scale for given codes, and how much it takes off the squared error sum(ww)."""
+    cross, square = np.float32(0), np.float32(0)
+    for i in range(x.size):
+        c = np.float32(codes[i]) - zero
+        cross += x[i] * c
+        square += c * c
+    if square == 0:
+        return np.float32(0), np.float32(0)
+    return cross / square, cross * cross / square
+
+
+_load, _range, _zero, _encode, _fit = (_jit(helper) for helper in (_load, _range, _zero, _encode, _fit))
+
+
+def _rows(bits_in, shift, k, bits, symmetric, candidates, out, scales, zeros):  # type: ignore[no-untyped-def]
+    """Quantize every row; returns the first row with a weight that is not finite, or -1."""
+    n, blocks = scales.shape
+    size = out.shape[2] * 8 // bits
+    words = np.empty(size, np.uint32)
+    x = words.view(np.float32)
+    spare = np.empty(1, np.uint32)
+    codes = np.empty(size, np.uint8)
+    pairs = codes.view(np.uint16)
+    half, levels = np.float32(1 << (bits - 1)), np.float32((1 << bits) - 1)
+    top = levels + np.float32(0.5)  # so that truncation yields at most the last code
+    for row in range(n):
+        for block in range(blocks):
+            start = block * size
+            peak = _load(bits_in, row, start, min(size, k - start), shift, words)
+            if peak >= np.uint32(0xFF000000):  # exponent all ones: NaN or infinity
+                return row
+            inverse = _range(x, peak, symmetric, half, levels, spare)
+            zero = _zero(x, inverse, symmetric, half, levels)
+            scale = np.float32(1) / inverse if inverse != 0 else np.float32(0)
+            if candidates > 1 and inverse != 0:
+                first, best = inverse, np.float32(-1)
+                for t in range(candidates):
+                    # The grid of llama.cpp: levels moved by up to +-0.9 in even steps.
+                    step = np.float32(-0.9) + np.float32(1.8) * np.float32(t) / np.float32(candidates - 1)
+                    trial = first * (np.float32(1) + step / (half if symmetric else levels))
+                    trial_zero = _zero(x, trial, symmetric, half, levels)
+                    _encode(x, trial, trial_zero, top, codes)
+                    fitted, gain = _fit(x, codes, trial_zero)
+                    if gain > best:
+                        best, inverse, zero, scale = gain, trial, trial_zero, fitted
+            _encode(x, inverse, zero, top, codes)
+            scales[row, block] = scale
+            if bits == 4:
+                for i in range(size // 2):
+                    pair = pairs[i]
+                    out[row, block, i] = np.uint8(pair | (pair >> np.uint16(4)))
+            else:
+                for i in range(size):
+                    out[row, block, i] = codes[i]
+            if not symmetric:
+                place = block * bits // 8
+                if bits == 4 and block % 2 == 1:
+                    zeros[row, place] = np.uint8(zeros[row, place] | (np.uint8(zero) << np.uint8(4)))
+                else:
+                    zeros[row, place] = np.uint8(zero)
+    return -1
+
+
+@functools.cache
+def _compiled(dtype: str) -> Callable[..., int]:
+    """The kernel for bit patterns of one width; the others are not compiled.
+
+    Inputs are declared read-only and unaligned, which any array may be passed as, so that memory maps need no second copy
+    of the machine code.
+    """
+    words = numba.types.Array(getattr(numba.types, dtype), 2, "C", readonly=True, aligned=False)
+    t = numba.types
+    signature = t.int64(
+        words, t.uint32, t.int64, t.int64, t.boolean, t.int64, t.uint8[:, :, ::1], t.float32[:, ::1], t.uint8[:, ::1]
+    )
+    return _jit(_rows, signature)
+
+
+def quantize(
+    weights: npt.NDArray[Any], *, bits: int, block_size: int, symmetric: bool = True, candidates: int = 1
+) -> Quantized:
+    """Quantize W [n, k] of float32, float16, bfloat16 (ml_dtypes, or its bits as uint16) or fp8.
+
+    `candidates`: scales tried for a block; 1 takes the plain one. Peak memory is the result, and for types other than
+    float32 and bfloat16 a float32 copy. Runs without the GIL. Raises NonFiniteWeightError.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    n, k = weights.shape
+    blocks = -(-k // block_size)
+    patterns, shift = _bit_patterns(weights)
+    codes = np.empty((n, blocks, block_size * bits // 8), np.uint8)
+    scales = np.empty((n, blocks), np.float32)
+    zeros = np.zeros((n, 0 if symmetric else -(-blocks * bits // 8)), np.uint8)
+    bad = _compiled(patterns.dtype.name)(patterns, shift, k, bits, symmetric, candidates, codes, scales, zeros)
+    if bad >= 0:
+        raise NonFiniteWeightError(bad)
+    return Quantized(codes, scales, None if symmetric else zeros)
+
+
+def _bit_patterns(weights: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], np.uint32]:
+    """Words, and by how many bits each must be shifted up to be a float32."""
+    if weights.dtype.name == "bfloat16" or weights.dtype == np.uint16:
+        return np.ascontiguousarray(weights).view(np.uint16), np.uint32(16)
+    return np.ascontiguousarray(weights, dtype=np.float32).view(np.uint32), np.uint32(0)
+
+
+def unpack(packed: Bytes, bits: int) -> Bytes:
+    """Codes of the last axis, one a byte."""
+    if bits == 8:
+        return packed
+    pairs = np.stack([packed & 0x0F, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def dequantize(quantized: Quantized, *, bits: int, k: int) -> Floats:
+    """The weights that run, float32 [n, k]."""
+    n, blocks = quantized.scales.shape
+    codes = unpack(quantized.codes, bits).astype(np.float32)
+    if quantized.zeros is None:
+        zeros: npt.NDArray[Any] = np.full((n, blocks), 1 << (bits - 1), np.float32)
+    else:
+        zeros = unpack(quantized.zeros, bits)[:, :blocks].astype(np.float32)
+    weights = (codes - zeros[:, :, None]) * quantized.scales[:, :, None]
+    return weights.reshape(n, -1)[:, :k]

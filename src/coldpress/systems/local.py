@@ -1,0 +1,134 @@
+"""Worker processes on this machine.
+
+A worker is `python -m MODULE`, kept warm: it reads jobs as JSON lines on its standard input and answers with events on
+its standard output; what libraries print goes to a log file. Two kinds are used: one that has torch loaded, and one
+that never imports it. A worker that is told to stop (SIGTERM) may save its work first; one whose parent is gone ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from coldpress import errors
+from coldpress.errors import ColdpressError, StepError, WorkerKilledError
+from coldpress.events import Sink, event_from_dict
+from coldpress.systems.job import Job
+
+__all__ = ["Worker"]
+
+STOP_GRACE_SECONDS = 60.0
+"""How long a worker may take to save its work when the user stops the run."""
+
+
+class Worker:
+    """One warm process. Not thread-safe: one job at a time."""
+
+    def __init__(self, module: str, *, preload: tuple[str, ...], log: Path, environment: Mapping[str, str]) -> None:
+        """Start it; `preload` names modules it imports while it waits for its first job."""
+        self.log = log
+        self._log_file: TextIO = log.open("w", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *preload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log_file,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            # Ctrl-C reaches this process alone; the worker is then asked to stop in good order.
+            start_new_session=os.name == "posix",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def perform(self, job: Job, emit: Sink, *, advice: Callable[[], str]) -> dict[str, Any]:
+        """Run one job to its end and return its result.
+
+        Raises what the job raised, or WorkerKilledError when the process is gone; `advice` then tells what to change.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(job.to_dict()) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it is gone: the loop below finds out how
+        for line in self._process.stdout:
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                continue  # a native library that writes to the descriptor itself
+            if "result" in answer:
+                result: dict[str, Any] = answer["result"]
+                return result
+            if "error" in answer:
+                raise self._error(job, answer["error"])
+            emit(event_from_dict(answer))
+        raise self._killed(job, self._process.wait(), advice())
+
+    def _error(self, job: Job, error: Mapping[str, Any]) -> ColdpressError:
+        cls = getattr(errors, error["type"], None)
+        if isinstance(cls, type) and issubclass(cls, ColdpressError) and cls is not errors.ConfigError:
+            raised = cls(error["message"], hint=error["hint"])
+        else:
+            raised = StepError(
+                f"{error['type']}: {error['message']}", hint=f"the whole story stands in {self.log}"
+            )
+        return raised
+
+    def _killed(self, job: Job, code: int, advice: str) -> ColdpressError:
+        tail = self.tail()
+        if code == -getattr(signal, "SIGKILL", 9):
+            return WorkerKilledError(
+                f"the process of step {job.step} was killed (signal 9), as the operating system does when memory runs out",
+                hint=advice,
+            )
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return StepError(f"the process of step {job.step} ended with {how}{tail}", hint=f"its log is {self.log}")
+
+    def tail(self, lines: int = 5) -> str:
+        """The last lines of the log, for an error message."""
+        self._log_file.flush()
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return "".join(f"\n  | {line}" for line in text[-lines:])
+
+    def stop(self) -> None:
+        """Ask it to save and end, then make it end."""
+        if self.alive:
+            self._process.terminate()
+            self._wait(STOP_GRACE_SECONDS)
+        self.close()
+
+    def close(self) -> None:
+        """End an idle worker."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            try:
+                self._process.stdin.close()
+            except OSError:
+                pass  # the pipe broke because the process is gone
+        self._wait(5.0)
+        if self.alive:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log_file.close()
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self.alive and time.monotonic() < end:
+            time.sleep(0.02)
