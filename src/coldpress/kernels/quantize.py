@@ -10,7 +10,7 @@
 
 Symmetric scales are w_peak / -2^(bits-1), w_peak the entry of greatest magnitude with its sign: so all 2^bits codes are
 used and the peak is exact (as llama.cpp's Q4_0 and ONNX Runtime's own quantizer do it). Asymmetric ones span the block's
-range, widened to hold zero. With `candidates` > 1 the scale is searched: each candidate's codes get the least-squares scale
+range, widened to hold zero. A block whose span is below 1e-30 becomes zeros. With `candidates` > 1 the scale is searched: each candidate's codes get the least-squares scale
 sum(wc)/sum(cc), c = code - zero, and the one with the smallest squared error wins.
 
 Layout: com.microsoft.MatMulNBits in onnxruntime/docs/ContribOperators.md.
@@ -56,16 +56,6 @@ _FLAGS = {"nnan", "nsz", "reassoc", "contract"}
 """Sums may be reordered and fused. Blocks with NaN or infinity are sorted out on their bits before any arithmetic."""
 
 
-def _jit(function: Callable[..., Any], signature: Any = None) -> Callable[..., Any]:
-    """Compile without the GIL, keep the machine code on disk; without a writable place for it, compile each time."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
-    try:
-        jitted = numba.njit(signature, cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder that it may write
-        jitted = numba.njit(signature, **options)(function)
-    return jitted  # type: ignore[no-any-return]
-
-
 def _load(bits_in, row, start, width, shift, words):  # type: ignore[no-untyped-def]
     """One block as float32 bit patterns into `words`; returns magnitude (31 bits) and sign (lowest bit) of its peak."""
     peak = np.uint32(0)
@@ -78,27 +68,11 @@ def _load(bits_in, row, start, width, shift, words):  # type: ignore[no-untyped-
     return peak
 
 
-def _range(x, peak, symmetric, half, levels, spare):  # type: ignore[no-untyped-def]
-    """Inverse scale of a block before any search; 0 for a block of zeros."""
-    if symmetric:
-        spare[0] = np.uint32(peak >> np.uint32(1))
-        span = spare.view(np.float32)[0]
-        signed = span if peak & np.uint32(1) else -span
-        return half / signed if span > 0 else np.float32(0)
+def _lowest_highest(x):  # type: ignore[no-untyped-def]
     low, high = np.float32(0), np.float32(0)
     for i in range(x.size):
         low, high = min(low, x[i]), max(high, x[i])
-    return levels / (high - low) if high > low else np.float32(0)
-
-
-def _zero(x, inverse, symmetric, half, levels):  # type: ignore[no-untyped-def]
-    """Zero point that goes with an inverse scale."""
-    if symmetric:
-        return half
-    low = np.float32(0)
-    for i in range(x.size):
-        low = min(low, x[i])
-    return np.float32(min(np.floor(np.float32(0.5) - low * inverse), levels))
+    return low, high
 
 
 def _encode(x, inverse, zero, top, codes):  # type: ignore[no-untyped-def]
@@ -108,7 +82,7 @@ def _encode(x, inverse, zero, top, codes):  # type: ignore[no-untyped-def]
 
 
 def _fit(x, codes, zero):  # type: ignore[no-untyped-def]
-    """Least-squares scale for given codes, and how much it takes off the squared error sum(ww)."""
+    """Least-squares scale for given codes, and by how much it lowers the squared error below sum(ww)."""
     cross, square = np.float32(0), np.float32(0)
     for i in range(x.size):
         c = np.float32(codes[i]) - zero
@@ -119,71 +93,91 @@ def _fit(x, codes, zero):  # type: ignore[no-untyped-def]
     return cross / square, cross * cross / square
 
 
-_load, _range, _zero, _encode, _fit = (_jit(helper) for helper in (_load, _range, _zero, _encode, _fit))
+_load, _lowest_highest, _encode, _fit = (
+    numba.njit(inline="always")(helper) for helper in (_load, _lowest_highest, _encode, _fit)
+)
 
 
-def _rows(bits_in, shift, k, bits, symmetric, candidates, out, scales, zeros):  # type: ignore[no-untyped-def]
-    """Quantize every row; returns the first row with a weight that is not finite, or -1."""
-    n, blocks = scales.shape
-    size = out.shape[2] * 8 // bits
-    words = np.empty(size, np.uint32)
-    x = words.view(np.float32)
-    spare = np.empty(1, np.uint32)
-    codes = np.empty(size, np.uint8)
-    pairs = codes.view(np.uint16)
-    half, levels = np.float32(1 << (bits - 1)), np.float32((1 << bits) - 1)
-    top = levels + np.float32(0.5)  # so that truncation yields at most the last code
-    for row in range(n):
-        for block in range(blocks):
-            start = block * size
-            peak = _load(bits_in, row, start, min(size, k - start), shift, words)
-            if peak >= np.uint32(0xFF000000):  # exponent all ones: NaN or infinity
-                return row
-            inverse = _range(x, peak, symmetric, half, levels, spare)
-            zero = _zero(x, inverse, symmetric, half, levels)
-            scale = np.float32(1) / inverse if inverse != 0 else np.float32(0)
-            if candidates > 1 and inverse != 0:
-                first, best = inverse, np.float32(-1)
-                for t in range(candidates):
-                    # The grid of llama.cpp: levels moved by up to +-0.9 in even steps.
-                    step = np.float32(-0.9) + np.float32(1.8) * np.float32(t) / np.float32(candidates - 1)
-                    trial = first * (np.float32(1) + step / (half if symmetric else levels))
-                    trial_zero = _zero(x, trial, symmetric, half, levels)
-                    _encode(x, trial, trial_zero, top, codes)
-                    fitted, gain = _fit(x, codes, trial_zero)
-                    if gain > best:
-                        best, inverse, zero, scale = gain, trial, trial_zero, fitted
-            _encode(x, inverse, zero, top, codes)
-            scales[row, block] = scale
-            if bits == 4:
-                for i in range(size // 2):
-                    pair = pairs[i]
-                    out[row, block, i] = np.uint8(pair | (pair >> np.uint16(4)))
-            else:
-                for i in range(size):
-                    out[row, block, i] = codes[i]
-            if not symmetric:
-                place = block * bits // 8
-                if bits == 4 and block % 2 == 1:
-                    zeros[row, place] = np.uint8(zeros[row, place] | (np.uint8(zero) << np.uint8(4)))
+def _make_rows(symmetric: bool) -> Callable[..., int]:
+    """The loop over rows. `symmetric` is a constant of the machine code: with both forms in one it runs at a quarter."""
+
+    def rows(bits_in, shift, k, bits, candidates, out, scales, zeros):  # type: ignore[no-untyped-def]
+        n, blocks = scales.shape
+        size = out.shape[2] * 8 // bits
+        words, spare = np.empty(size, np.uint32), np.empty(1, np.uint32)
+        x = words.view(np.float32)
+        codes = np.empty(size, np.uint8)
+        pairs = codes.view(np.uint16)
+        half, levels = np.float32(1 << (bits - 1)), np.float32((1 << bits) - 1)
+        top = levels + np.float32(0.5)  # truncation then yields at most the last code
+        for row in range(n):
+            for block in range(blocks):
+                start = block * size
+                peak = _load(bits_in, row, start, min(size, k - start), shift, words)
+                if peak >= np.uint32(0xFF000000):  # exponent all ones: NaN or infinity
+                    return row
+                low = np.float32(0)
+                if symmetric:
+                    spare[0] = np.uint32(peak >> np.uint32(1))
+                    span = spare.view(np.float32)[0]
+                    span = span if peak & np.uint32(1) else -span
+                    steps, zero = half, half
                 else:
-                    zeros[row, place] = np.uint8(zero)
-    return -1
+                    low, high = _lowest_highest(x)
+                    span, steps = high - low, levels
+                if abs(span) < np.float32(1e-30):  # 1/scale would overflow; such a block runs as zeros
+                    span = np.float32(0)
+                inverse = steps / span if span != 0 else np.float32(0)
+                scale = span / steps
+                if not symmetric:
+                    zero = np.float32(np.int32(np.float32(0.5) - low * inverse))
+                if candidates > 1 and span != 0:
+                    best = np.float32(-1)
+                    for t in range(candidates):
+                        # The grid of llama.cpp: levels moved by up to +-0.9 in even steps.
+                        move = np.float32(-0.9) + np.float32(1.8) * np.float32(t) / np.float32(candidates - 1)
+                        trial, trial_zero = (steps + move) / span, zero
+                        if not symmetric:
+                            trial_zero = np.float32(np.int32(min(np.float32(0.5) - low * trial, top)))
+                        _encode(x, trial, trial_zero, top, codes)
+                        fitted, gain = _fit(x, codes, trial_zero)
+                        if gain > best:
+                            best, inverse, zero, scale = gain, trial, trial_zero, fitted
+                _encode(x, inverse, zero, top, codes)
+                scales[row, block] = scale
+                if bits == 4:
+                    for i in range(size // 2):
+                        pair = pairs[i]
+                        out[row, block, i] = np.uint8(pair | (pair >> np.uint16(4)))
+                else:
+                    for i in range(size):
+                        out[row, block, i] = codes[i]
+                if not symmetric:
+                    place = block * bits // 8
+                    high_nibble = np.uint8(4) if bits == 4 and block % 2 == 1 else np.uint8(0)
+                    zeros[row, place] = np.uint8(zeros[row, place] | np.uint8(np.uint8(zero) << high_nibble))
+        return -1
+
+    return rows
 
 
 @functools.cache
-def _compiled(dtype: str) -> Callable[..., int]:
+def _compiled(dtype: str, symmetric: bool) -> Callable[..., int]:
     """The kernel for bit patterns of one width; the others are not compiled.
 
-    Inputs are declared read-only and unaligned, which any array may be passed as, so that memory maps need no second copy
-    of the machine code.
+    The input is declared read-only and unaligned, which any array may be passed as, so that memory maps need no second
+    copy of the machine code.
     """
-    words = numba.types.Array(getattr(numba.types, dtype), 2, "C", readonly=True, aligned=False)
     t = numba.types
+    words = t.Array(getattr(t, dtype), 2, "C", readonly=True, aligned=False)
     signature = t.int64(
-        words, t.uint32, t.int64, t.int64, t.boolean, t.int64, t.uint8[:, :, ::1], t.float32[:, ::1], t.uint8[:, ::1]
+        words, t.uint32, t.int64, t.int64, t.int64, t.uint8[:, :, ::1], t.float32[:, ::1], t.uint8[:, ::1]
     )
-    return _jit(_rows, signature)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
+    try:
+        return numba.njit(signature, cache=True, **options)(_make_rows(symmetric))  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder that Numba may write to: compile each time
+        return numba.njit(signature, **options)(_make_rows(symmetric))  # type: ignore[no-any-return]
 
 
 def quantize(
@@ -204,7 +198,8 @@ def quantize(
     codes = np.empty((n, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     zeros = np.zeros((n, 0 if symmetric else -(-blocks * bits // 8)), np.uint8)
-    bad = _compiled(patterns.dtype.name)(patterns, shift, k, bits, symmetric, candidates, codes, scales, zeros)
+    run = _compiled(patterns.dtype.name, symmetric)
+    bad = run(patterns, shift, k, bits, candidates, codes, scales, zeros)
     if bad >= 0:
         raise NonFiniteWeightError(bad)
     return Quantized(codes, scales, None if symmetric else zeros)

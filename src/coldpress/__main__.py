@@ -1,0 +1,5 @@
+"""`python -m coldpress` is the `coldpress` command."""
+
+from coldpress.cli.main import main
+
+main()

@@ -1,0 +1,153 @@
+"""Text from a model: a prompt continued, a conversation held, on ONNX Runtime GenAI or on Transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from coldpress.artifacts.base import Artifact, read_json
+from coldpress.errors import CheckpointError, MissingExtraError, UsageError
+
+__all__ = ["Generator", "Sampling", "open_generator", "resolve_model"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Generator(Protocol):
+    """A model that continues text."""
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Pieces of the continuation as they come."""
+        ...
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt of a conversation by the model's chat template; raises UsageError when it has none."""
+        ...
+
+
+def resolve_model(path: Path) -> Artifact:
+    """A model folder, or a run's output folder (its `model` inside)."""
+    inside = path / "model"
+    known = ("artifact.json", "genai_config.json", "config.json", "adapter_config.json")
+    if inside.is_dir() and not any((path / name).is_file() for name in known):
+        path = inside
+    return Artifact.load(path)
+
+
+def open_generator(path: Path, *, trust_remote_code: bool = False) -> Generator:
+    """Load a model for generation; raises CheckpointError or MissingExtraError."""
+    artifact = resolve_model(path)
+    if artifact.kind == "onnx":
+        return _GenAI(artifact)
+    return _Torch(artifact, trust_remote_code)
+
+
+class _GenAI:
+    """An ONNX model on ONNX Runtime GenAI."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        try:
+            import onnxruntime_genai as og
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"{error.name} is not installed", hint="pip install 'coldpress[cpu]' (or [gpu])"
+            ) from error
+        self._og = og
+        self._folder = artifact.model
+        try:
+            self._model = og.Model(str(artifact.model))
+        except RuntimeError as error:
+            raise CheckpointError(f"ONNX Runtime GenAI cannot load {artifact.model}: {error}") from error
+        # The tokenizer of the checkpoint itself: GenAI's own adds no BOS where the checkpoint's does.
+        self._tokenizer = Tokenizer.from_file(str(artifact.model / "tokenizer.json"))
+        search = read_json(artifact.model / "genai_config.json")
+        self._context = int(search["model"]["context_length"])
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        ids = self._tokenizer.encode(prompt).ids
+        if len(ids) >= self._context:
+            raise UsageError(f"the prompt has {len(ids)} tokens and the model's context is {self._context}")
+        parameters = self._og.GeneratorParams(self._model)
+        options: dict[str, Any] = {"max_length": min(len(ids) + sampling.max_new_tokens, self._context)}
+        if sampling.temperature > 0:
+            options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.seed is not None:
+                options["random_seed"] = sampling.seed
+        else:
+            options["do_sample"] = False
+        parameters.set_search_options(**options)
+        generator = self._og.Generator(self._model, parameters)
+        generator.append_tokens(ids)
+        made: list[int] = []
+        shown = ""
+        while not generator.is_done():
+            generator.generate_next_token()
+            made.append(int(generator.get_next_tokens()[0]))
+            text = self._tokenizer.decode(made, skip_special_tokens=True)
+            # An unfinished character decodes to U+FFFD: wait for its next byte.
+            if len(text) > len(shown) and not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        if not _has_chat_template(self._folder):
+            raise UsageError(f"{self._folder} has no chat template", hint="use `coldpress generate` with a prompt")
+        tokenizer = self._og.Tokenizer(self._model)
+        rendered: str = tokenizer.apply_chat_template(messages=json.dumps(list(messages)), add_generation_prompt=True)
+        return rendered
+
+
+class _Torch:
+    """A checkpoint, with its adapter if it has one, on Transformers."""
+
+    def __init__(self, artifact: Artifact, trust_remote_code: bool) -> None:
+        from coldpress.nn.loading import load_for_inference, load_tokenizer
+
+        self._tokenizer = load_tokenizer(artifact, trust_remote_code=trust_remote_code)
+        self._model = load_for_inference(artifact, trust_remote_code=trust_remote_code)
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        import threading
+
+        import torch
+        from transformers import TextIteratorStreamer
+
+        encoded = self._tokenizer(prompt, return_tensors="pt")
+        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        thread = threading.Thread(
+            target=self._model.generate, kwargs={**encoded, **options, "streamer": streamer}, daemon=True
+        )
+        thread.start()
+        yield from streamer
+        thread.join()
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        if self._tokenizer.chat_template is None:
+            raise UsageError("the model has no chat template", hint="use `coldpress generate` with a prompt")
+        rendered: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return rendered
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and "chat_template" in read_json(config)

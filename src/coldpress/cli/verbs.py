@@ -1,0 +1,223 @@
+"""`coldpress finetune` and `build`: short verbs that write a workflow and run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coldpress.errors import StoreError, UsageError
+
+__all__ = ["build", "finetune"]
+
+
+def _common(command: Any) -> Any:
+    for option in reversed(
+        (
+            click.option("-o", "--output-dir", default="output", show_default=True, help="Where the model goes."),
+            click.option("--cache-dir", default=".coldpress-cache", show_default=True, help="Where finished steps are kept."),
+            click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE",
+                         help="Write the workflow to FILE (.json or .yaml) and do not run it."),
+            click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),
+            click.option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _data_config(name: str, file: str, split: str | None, **pre_process: Any) -> dict[str, Any]:
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}.get(Path(file).suffix.lower())
+    if kind is None:
+        load: dict[str, Any] = {"data_name": file}
+    else:
+        load = {"data_name": kind, "data_files": file}
+    if split is not None:
+        load["split"] = split
+    return {
+        "name": name,
+        "type": "HuggingfaceContainer",
+        "load_dataset_config": load,
+        "pre_process_data_config": {key: value for key, value in pre_process.items() if value is not None},
+    }
+
+
+def _workflow(model: str, output_dir: str, cache_dir: str, trust: bool, device: str, provider: str) -> dict[str, Any]:
+    loading = {"load_kwargs": {"trust_remote_code": True}} if trust else {}
+    return {
+        "input_model": {"type": "HfModel", "model_path": model, **loading},
+        "systems": {
+            "local_system": {
+                "type": "LocalSystem",
+                "accelerators": [{"device": device, "execution_providers": [provider]}],
+            }
+        },
+        "passes": {},
+        "host": "local_system",
+        "target": "local_system",
+        "cache_dir": cache_dir,
+        "output_dir": output_dir,
+    }
+
+
+def _finish(document: dict[str, Any], save_config: Path | None, trust: bool, log_format: str) -> None:
+    """Save the workflow, or run it."""
+    from coldpress.api import load_config, run
+    from coldpress.cli.display import sink_for
+    from coldpress.cli.workflow import say_dialect
+
+    loaded = load_config(document)
+    if save_config is not None:
+        if save_config.exists():
+            raise StoreError(f"{save_config} is there already", hint="give another name, or delete it first")
+        from coldpress.config.migrate import write_migrated
+
+        write_migrated(loaded, save_config, force=False)
+        click.echo(f"{save_config}: written; run it with: coldpress run {save_config}")
+        return
+    if log_format != "json":
+        say_dialect(loaded)
+    sink = sink_for(log_format)
+    try:
+        run(loaded, sinks=[sink], trust_remote_code=trust)
+    finally:
+        sink.close()
+
+
+def _share_or_count(text: str) -> float | int:
+    return float(text) if "." in text else int(text)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-d", "--data", required=True, help="File of records (json, jsonl, csv, parquet, txt) or a hub data set.")
+@click.option("--split", help="Split of the data to train on.")
+@click.option("--eval-data", help="File of records for the evaluation loss and the accuracy.")
+@click.option("--eval-size", default="0.1", show_default=True, help="Held out of the data when there is no --eval-data: a share or a count; 0 for none.")
+@click.option("--template", "text_template", help="Text of one record, {column} filled in; \\n is a line break.")
+@click.option("--text-field", help="The column that holds the text.")
+@click.option("--chat", "chat_template", is_flag=True, help="Records hold chat messages; use the model's chat template.")
+@click.option("--answer", "label_col", help="Column of the answer: loss on it alone, and accuracy by it.")
+@click.option("--method", type=click.Choice(["lora", "qlora"]), default="lora", show_default=True)
+@click.option("-r", "--rank", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--alpha", type=float, default=None, help="Scale of the adapter; default: the rank.")
+@click.option("--dropout", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option("--target-modules", default="all-linear", show_default=True, help="Linear layers to adapt, with commas.")
+@click.option("--epochs", type=float, default=3.0, show_default=True)
+@click.option("--max-steps", type=int, help="Stop after so many steps, whatever --epochs says.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True)
+@click.option("--max-seq-len", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--no-merge", is_flag=True, help="Hand over the adapter instead of a merged checkpoint.")
+@click.option("--build", "precision", type=click.Choice(["fp32", "int8", "int4"]), help="Build an ONNX model of it too.")
+@_common
+def finetune(model: str, data: str, **options: Any) -> None:
+    """Fine-tune MODEL (a checkpoint folder or hub id) on a file of records."""
+    document = _finetune_workflow(model, data, options)
+    _finish(document, options["save_config"], options["trust_remote_code"], options["log_format"])
+
+
+def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, Any]:
+    template = o["text_template"].replace("\\n", "\n") if o["text_template"] else None
+    if sum(map(bool, (template, o["text_field"], o["chat_template"]))) != 1:
+        raise UsageError(
+            "say what the text of a record is: exactly one of --template, --text-field and --chat",
+            hint="for columns question and answer: --template 'Q: {question}\\nA: {answer}' --answer answer",
+        )
+    provider = "CPUExecutionProvider" if o["device"] == "cpu" else "CUDAExecutionProvider"
+    document = _workflow(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], o["device"], provider)
+    text: dict[str, Any] = {
+        "text_template": template,
+        "text_field": o["text_field"],
+        "chat_template": o["chat_template"] or None,
+        "label_col": o["label_col"],
+        "completion_only_loss": True if o["label_col"] else None,
+        "strategy": "line-by-line",
+        "max_seq_len": o["max_seq_len"],
+        "pad_to_max_len": False,
+    }
+    document["data_configs"] = [_data_config("train_data", data, o["split"], **text)]
+    held_out = _share_or_count(o["eval_size"])
+    training: dict[str, Any] = {
+        "num_train_epochs": o["epochs"],
+        "per_device_train_batch_size": o["batch_size"],
+        "gradient_accumulation_steps": o["gradient_accumulation"],
+        "learning_rate": o["learning_rate"],
+        "seed": o["seed"],
+    }
+    if o["max_steps"] is not None:
+        training["max_steps"] = o["max_steps"]
+    targets = o["target_modules"]
+    lora: dict[str, Any] = {
+        "type": "QLoRA" if o["method"] == "qlora" else "LoRA",
+        "r": o["rank"],
+        "alpha": o["rank"] if o["alpha"] is None else o["alpha"],
+        "lora_dropout": o["dropout"],
+        "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        "train_data_config": "train_data",
+        "training_args": training,
+    }
+    if o["eval_data"] is not None:
+        document["data_configs"].append(_data_config("eval_data", o["eval_data"], None, **text))
+        lora["eval_data_config"] = "eval_data"
+    elif held_out:
+        lora["eval_dataset_size"] = held_out
+    passes: dict[str, Any] = {o["method"]: lora}
+    if not o["no_merge"] or o["precision"]:
+        passes["merge"] = {"type": "MergeAdapterWeights"}
+    if o["precision"]:
+        passes["build"] = {"type": "ModelBuilder", "precision": o["precision"]}
+    document["passes"] = passes
+    if o["eval_data"] is not None and o["label_col"]:
+        _measure_accuracy(document, "eval_data")
+        passes[o["method"]]["evaluator"] = "accuracy"
+    return document
+
+
+def _measure_accuracy(document: dict[str, Any], data: str) -> None:
+    document["evaluators"] = {"accuracy": {"metrics": [{"name": "accuracy", "type": "accuracy", "data_config": data}]}}
+    document["evaluator"] = "accuracy"
+
+
+@click.command()
+@click.argument("model")
+@click.option("-p", "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="int4", show_default=True)
+@click.option("--block-size", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale (int4).")
+@click.option("--asymmetric", is_flag=True, help="Zero points as well as scales (int4).")
+@click.option("--accuracy-level", type=click.Choice(["1", "2", "3", "4"]), help="Arithmetic of int4 products: 1 fp32, 4 int8.")
+@click.option("--exclude-embeds", is_flag=True, help="Leave the embedding out of the model.")
+@click.option("--exclude-lm-head", is_flag=True, help="Leave the output head out of the model.")
+@click.option("--adapter", help="A PEFT adapter to merge first.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--no-proof", is_flag=True, help="Skip the comparison with the checkpoint.")
+@_common
+def build(model: str, **options: Any) -> None:
+    """Build an ONNX model for ONNX Runtime GenAI from MODEL (a checkpoint folder or hub id)."""
+    cpu = options["provider"] == "cpu"
+    provider = "CPUExecutionProvider" if cpu else "CUDAExecutionProvider"
+    document = _workflow(
+        model, options["output_dir"], options["cache_dir"], options["trust_remote_code"], "cpu" if cpu else "gpu", provider
+    )
+    passes: dict[str, Any] = {}
+    if options["adapter"] is not None:
+        document["input_model"]["adapter_path"] = options["adapter"]
+        passes["merge"] = {"type": "MergeAdapterWeights"}
+    chosen: dict[str, Any] = {"type": "ModelBuilder", "precision": options["precision"]}
+    if options["block_size"] is not None:
+        chosen["int4_block_size"] = int(options["block_size"])
+    if options["asymmetric"]:
+        chosen["int4_is_symmetric"] = False
+    if options["accuracy_level"] is not None:
+        chosen["int4_accuracy_level"] = int(options["accuracy_level"])
+    for name in ("exclude_embeds", "exclude_lm_head"):
+        if options[name]:
+            chosen[name] = True
+    if options["no_proof"]:
+        chosen["parity"] = {"enabled": False}
+    document["passes"] = {**passes, "build": chosen}
+    _finish(document, options["save_config"], options["trust_remote_code"], options["log_format"])

@@ -1,0 +1,173 @@
+"""`coldpress run`, `check` and `plan`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coldpress.cli.text import duration, size, table
+from coldpress.config.load import LoadedConfig
+from coldpress.errors import UsageError
+
+__all__ = ["check", "plan", "run"]
+
+
+def _source(config: str | None, arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """The config file and the overrides, from `FILE key=value ...` or `--config FILE key=value ...`."""
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    if config is not None:
+        files = [config, *files]
+    if len(files) != 1:
+        said = "no config file is given" if not files else f"one config file is expected, got {', '.join(files)}"
+        raise UsageError(said, hint="coldpress run olive-config.json, and overrides as key.path=value")
+    return Path(files[0]), overrides
+
+
+def _with_config(command: Any) -> Any:
+    command = click.argument("arguments", nargs=-1, metavar="FILE [KEY.PATH=VALUE]...")(command)
+    return click.option("--config", "--run-config", "-c", metavar="FILE", help="The config file; the same as giving it first.")(command)
+
+
+_trust = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    envvar="COLDPRESS_TRUST_REMOTE_CODE",
+    help="Agree to run Python code that comes with the checkpoint, where the config asks for it.",
+)
+
+
+def load(config: str | None, arguments: Sequence[str]) -> LoadedConfig:
+    from coldpress.api import load_config
+
+    path, overrides = _source(config, arguments)
+    return load_config(path, overrides)
+
+
+def say_dialect(loaded: LoadedConfig, echo: Any = click.echo) -> None:
+    """What was rewritten and what was odd, once each."""
+    if loaded.rewrites:
+        echo(f"{loaded.path}: Olive {loaded.dialect} dialect, read as today's ({len(loaded.rewrites)} rewrites):")
+        for rewrite in loaded.rewrites:
+            echo(f"  {rewrite}")
+    for warning in loaded.warnings:
+        echo(f"{click.style('warning', fg='yellow')} {warning}")
+
+
+@click.command()
+@_with_config
+@_trust
+@click.option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True,
+              help="auto: live on a terminal, plain lines elsewhere; json: one event a line.")  # fmt: skip
+@click.option("--quiet-dialect", is_flag=True, help="Do not list the rewrites of an older dialect.")
+def run(config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool) -> None:
+    """Run a workflow to its end. Finished steps are cached: a rerun does only what is missing."""
+    from coldpress.api import run as run_workflow
+    from coldpress.cli.display import sink_for
+
+    loaded = load(config, arguments)
+    if log_format != "json" and not quiet_dialect:
+        say_dialect(loaded)
+    sink = sink_for(log_format)
+    try:
+        run_workflow(loaded, sinks=[sink], trust_remote_code=trust_remote_code)
+    finally:
+        sink.close()
+
+
+@click.command()
+@_with_config
+def check(config: str | None, arguments: Sequence[str]) -> None:
+    """Find every error in a config, all at once, before anything runs. Exit code 2 when there is one."""
+    loaded = load(config, arguments)
+    say_dialect(loaded)
+    for problem in loaded.placeholders:
+        click.echo(f"{click.style('placeholder', fg='yellow')} {problem}")
+    passes = ", ".join(f"{name} ({entry.type})" for name, entry in loaded.workflow.passes.items()) or "none"
+    click.echo(f"{loaded.path}: ok; passes: {passes}")
+
+
+@click.command()
+@_with_config
+@_trust
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
+def plan(config: str | None, arguments: Sequence[str], trust_remote_code: bool, as_json: bool) -> None:
+    """Dry run: what would happen, what is cached, what it takes, and why it would be refused. Reads no weights."""
+    from coldpress.engine.plan import check_plan, make_plan
+
+    loaded = load(config, arguments)
+    made = make_plan(loaded, trust_remote_code=trust_remote_code)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(_as_json(made), indent=2))
+    else:
+        say_dialect(loaded)
+        _show(made)
+    check_plan(made, to_run=False)
+
+
+def _show(made: Any) -> None:
+    spec = made.input_spec
+    if spec.unknown:
+        click.echo(f"model   unknown: {spec.unknown}")
+    else:
+        click.echo(
+            f"model   {made.model.artifact.model}: {spec.model_type}, {spec.parameters / 1e6:,.1f}M parameters, "
+            f"{spec.precision}, {size(spec.bytes)}"
+        )
+    accelerator = made.accelerator
+    click.echo(f"target  {accelerator.device}, {accelerator.execution_providers[0]}")
+    for name, config in made.data_configs.items():
+        click.echo(f"data    {name}: {config.load_dataset_config.data_files or config.load_dataset_config.data_name}")
+    click.echo(f"cache   {made.store.root}\noutput  {made.output_dir}\n")
+    rows = [_row(step) for step in made.steps]
+    total = made.estimate
+    rows.append(["total", "", "", size(total.ram), size(total.vram), size(total.disk), duration(total.seconds)])
+    click.echo(table(["step", "pass", "state", "RAM", "VRAM", "disk", "time"], rows, right=(3, 4, 5, 6)))
+    click.echo("(RAM: highest anonymous memory of the step's process; all figures are estimates)")
+    for step in made.steps:
+        for note in step.notes:
+            click.echo(f"note    {step.name}: {note}")
+    for note in made.notes:
+        click.echo(f"note    {note}")
+    for problem in made.blockers:
+        click.echo(f"{click.style('before a run', fg='yellow')}  {problem}")
+
+
+def _row(step: Any) -> list[str]:
+    if step.cached:
+        return [step.name, step.type, "cached", "-", "-", "-", "-"]
+    if step.estimate is None:
+        return [step.name, step.type, "unknown" if step.unknown else "to do", "?", "?", "?", "?"]
+    one = step.estimate
+    return [step.name, step.type, "to do", size(one.ram), size(one.vram), size(one.disk), duration(one.seconds)]
+
+
+def _as_json(made: Any) -> dict[str, Any]:
+    return {
+        "model": None if made.model.artifact is None else str(made.model.artifact.model),
+        "unknown": made.input_spec.unknown,
+        "accelerator": made.accelerator.model_dump(mode="json"),
+        "cache_dir": os.fspath(made.store.root),
+        "output_dir": os.fspath(made.output_dir),
+        "steps": [
+            {
+                "name": step.name,
+                "type": step.type,
+                "key": step.key,
+                "cached": step.cached,
+                "unknown": step.unknown,
+                "estimate": None if step.estimate is None else vars(step.estimate),
+                "notes": list(step.notes),
+            }
+            for step in made.steps
+        ],
+        "refusals": [str(problem) for problem in made.refusals],
+        "blockers": [str(problem) for problem in made.blockers],
+        "notes": list(made.notes),
+    }

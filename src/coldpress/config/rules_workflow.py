@@ -1,0 +1,412 @@
+"""Dialect rules for the top level (and Olive's `engine` block) and for systems."""
+
+from __future__ import annotations
+
+from coldpress.config.rewriting import Action, Custom, Drop, Refuse, Rename, Rewriting, Rule, Version
+from coldpress.config.tree import Node, from_plain, join_path, plain, problem_at
+from coldpress.registry import nearest
+
+__all__ = ["EXECUTION_PROVIDERS", "FINISH_RULES", "RULES"]
+
+V06: Version = (0, 6)
+V07: Version = (0, 7)
+V09: Version = (0, 9)
+
+EXECUTION_PROVIDERS = (
+    "CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider", "TensorrtExecutionProvider",
+    "NvTensorRTRTXExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider", "OpenVINOExecutionProvider",
+    "QNNExecutionProvider", "VitisAIExecutionProvider", "WebGpuExecutionProvider", "JsExecutionProvider",
+    "CoreMLExecutionProvider", "XnnpackExecutionProvider",
+)  # fmt: skip
+
+_GPU_PROVIDER = "CUDAExecutionProvider"
+_SYSTEMS = {"localsystem": "LocalSystem", "azureml": "AzureML"}
+_OTHER_SYSTEMS = {
+    "docker": "Docker", "pythonenvironment": "PythonEnvironment", "isolatedort": "IsolatedORT",
+    "azurend12ssystem": "AzureND12SSystem", "azurend24rssystem": "AzureND24RSSystem",
+    "azurend24ssystem": "AzureND24SSystem", "azurend40s_v2system": "AzureND40s_v2System",
+    "surfaceprosystem1796": "SurfaceProSystem1796", "distributedsystem": "Distributed",
+}  # fmt: skip
+
+
+def _off(node: Node) -> bool:
+    return node.value in (None, False) or node.value in ({}, [])
+
+
+def _on(node: Node) -> bool:
+    return not _off(node)
+
+
+def _is_mapping(node: Node) -> bool:
+    return node.mapping is not None
+
+
+def _name_system(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """`host: {...}`: the mapping becomes a named system, its name takes its place."""
+    node = parent.get(rule.key)
+    assert node is not None and parent.mapping is not None and rw.root.mapping is not None
+    systems = rw.root.mapping.setdefault("systems", from_plain({}, "systems", node))
+    if systems.mapping is None:
+        return
+    wanted = rule.key if rule.level == "workflow" else f"{at.rpartition('.')[2]}_{rule.key}"
+    name = _free_name(wanted, systems.mapping)
+    systems.mapping[name] = node
+    rw.unfold(node, "config")
+    parent.mapping[rule.key] = from_plain(name, node.path, node)
+    rw.told(rule.name, node, f"systems.{name}")
+
+
+def _name_evaluator(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    node = parent.get(rule.key)
+    assert node is not None and parent.mapping is not None and rw.root.mapping is not None
+    evaluators = rw.root.mapping.setdefault("evaluators", from_plain({}, "evaluators", node))
+    if evaluators.mapping is None:
+        return
+    name = _free_name("evaluator", evaluators.mapping)
+    evaluators.mapping[name] = node
+    parent.mapping[rule.key] = from_plain(name, node.path, node)
+    rw.told(rule.name, node, f"evaluators.{name}")
+
+
+def _free_name(wanted: str, taken: dict[str, Node]) -> str:
+    name, count = wanted, 2
+    while name in taken:
+        name, count = f"{wanted}_{count}", count + 1
+    return name
+
+
+def _cache_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """Olive ignores the flat cache keys where this block stands, so the block wins."""
+    node = parent.get("cache_config")
+    assert node is not None and node.mapping is not None and parent.mapping is not None
+    del parent.mapping["cache_config"]
+    for key in list(node.mapping):
+        if key in ("cache_dir", "clean_cache", "clean_evaluation_cache", "enable_shared_cache"):
+            moved = node.mapping.pop(key)
+            parent.mapping[key] = moved
+            rw.told(rule.name, moved, key)
+        elif key in ("account_name", "container_name", "update_shared_cache"):
+            rw.refuse(node, key, "a shared cache is not built; the cache is a local folder")
+        else:
+            known = ("cache_dir", "clean_cache", "clean_evaluation_cache", "enable_shared_cache")
+            close = nearest(key, known)
+            rw.refuse(node, key, "unknown key", f"did you mean {close}?" if close else f"known: {', '.join(known)}")
+
+
+def _cache_dir_list(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    node = parent.get("cache_dir")
+    assert node is not None and node.items is not None and parent.mapping is not None
+    if len(node.items) == 1 and isinstance(node.items[0].value, str):
+        rw.told(rule.name, node, "cache_dir")
+        parent.mapping["cache_dir"] = node.items[0]
+    else:
+        rw.refuse(parent, "cache_dir", "several cache folders: a shared cache is not built", "keep the local folder")
+
+
+def _data_mapping(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """`data_configs: {name: {...}}`: the names move into the elements of a list."""
+    node = parent.get("data_configs")
+    assert node is not None and node.mapping is not None
+    elements: list[Node] = []
+    for name, item in node.mapping.items():
+        if item.mapping is not None and "name" not in item.mapping:
+            item.mapping = {"name": from_plain(name, item.path, item), **item.mapping}
+        elements.append(item)
+    rw.told(rule.name, node, "data_configs, a list")
+    node.value = list(elements)
+
+
+def _pass_flows(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """One flow says which passes run, in which order; several are a search."""
+    node, passes = parent.get("pass_flows"), parent.get("passes")
+    assert node is not None and parent.mapping is not None
+    flows = plain(node)
+    if not isinstance(flows, list) or not all(isinstance(flow, list) for flow in flows):
+        rw.refuse(parent, "pass_flows", "must be a list of lists of pass names")
+        return
+    if len(flows) > 1:
+        hint = "write the one flow you want as `passes`, in its order"
+        rw.refuse(parent, "pass_flows", "several flows are a search, which is not built yet", hint)
+        return
+    if passes is not None and passes.mapping is not None and flows:
+        absent = [name for name in flows[0] if not isinstance(name, str) or name not in passes.mapping]
+        if absent:
+            names = ", ".join(map(str, absent))
+            rw.refuse(parent, "pass_flows", f"there is no pass called {names}", _known(passes.mapping))
+            return
+        passes.value = {name: passes.mapping[name] for name in flows[0]}
+    rw.drop(parent, "pass_flows", "the order of passes says it", rule=rule.name)
+
+
+def _known(mapping: dict[str, Node]) -> str:
+    return f"there are: {', '.join(mapping)}" if mapping else "there are none"
+
+
+def _spread_providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """Engine-level execution providers move to the accelerators, which is where they have stood since."""
+    node = parent.get(rule.key)
+    assert node is not None and parent.mapping is not None
+    value = plain(node)
+    providers = [value] if isinstance(value, str) else value
+    if not isinstance(providers, list) or not providers or not all(isinstance(item, str) for item in providers):
+        rw.refuse(parent, rule.key, 'must be a list with one execution provider, such as ["CPUExecutionProvider"]')
+        return
+    systems = parent.mapping.setdefault("systems", from_plain({}, "systems", node))
+    if systems.mapping is not None and not systems.mapping and not rw.lost:
+        device = "cpu" if providers[0] == "CPUExecutionProvider" else "gpu"
+        system = {"type": "LocalSystem", "accelerators": [{"device": device}]}
+        systems.mapping["local_system"] = from_plain(system, "systems.local_system", node)
+        for key in ("host", "target"):
+            parent.mapping.setdefault(key, from_plain("local_system", key, node))
+    del parent.mapping[rule.key]
+    for name, system in (systems.mapping or {}).items():
+        target = f"systems.{name}.accelerators"
+        if system.mapping is None:
+            continue
+        if system.get("accelerators") is None:
+            device = "cpu" if providers[0] == "CPUExecutionProvider" else "gpu"
+            system.mapping["accelerators"] = from_plain([{"device": device}], join_path(system.path, "accelerators"), node)
+        for index, accelerator in enumerate(system.mapping["accelerators"].items or []):
+            if accelerator.mapping is None:
+                continue
+            own = accelerator.get("execution_providers")
+            if own is None or own.value is None:
+                accelerator.mapping["execution_providers"] = node
+                rw.told(rule.name, node, f"{target}.{index}.execution_providers")
+            elif plain(own) != providers:
+                rw.problems.append(
+                    problem_at(node, f"contradicts {own.path} on line {own.line}", hint="keep the one of the accelerator")
+                )
+
+
+def _spread_client(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """The workspace moves to each system and each resource that lies in it."""
+    assert parent.mapping is not None
+    node = parent.mapping.pop(rule.key)
+    used = False
+    systems = parent.get("systems")
+    for name, system in (systems.mapping if systems and systems.mapping else {}).items():
+        if system.text("type") == "AzureML" and system.mapping is not None:
+            if "azureml_client_config" not in system.mapping:
+                system.mapping["azureml_client_config"] = node
+                rw.told(rule.name, node, f"systems.{name}.azureml_client_config")
+            used = True
+    for resource, where in _resources(rw.root, ""):
+        config = resource.get("config")
+        if config is not None and config.mapping is not None and resource.text("type") != "azureml_registry_model":
+            if "azureml_client" not in config.mapping:
+                config.mapping["azureml_client"] = node
+                rw.told(rule.name, node, f"{where}.config.azureml_client")
+            used = True
+    if not used:
+        rw.warnings.append(problem_at(node, "nothing in this file lies in Azure ML; not used", at_key=True))
+
+
+def _resources(node: Node, at: str) -> list[tuple[Node, str]]:
+    if node.mapping is not None:
+        if (node.text("type") or "").startswith("azureml_"):
+            return [(node, at)]
+        return [found for key, item in node.mapping.items() for found in _resources(item, join_path(at, key))]
+    return [found for i, item in enumerate(node.items or []) for found in _resources(item, join_path(at, i))]
+
+
+def _data_root(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """Relative data paths get the folder in front."""
+    assert parent.mapping is not None
+    node = parent.mapping.pop("data_root")
+    if not isinstance(node.value, str) or node.value.startswith("azureml://"):
+        message = "must be a local folder" if not isinstance(node.value, str) else "data in Azure ML needs a data config"
+        rw.problems.append(problem_at(node, message, hint="use data_files of type azureml_datastore"))
+        return
+    root = node.value.rstrip("/\\")
+    data = parent.get("data_configs")
+    for index, config in enumerate((data.items if data else None) or []):
+        for key in ("data_files", "data_dir"):
+            files = config.get("load_dataset_config", key)
+            if files is not None:
+                _prefix(files, root)
+                rw.told(rule.name, node, f"data_configs.{index}.load_dataset_config.{key}")
+
+
+def _prefix(node: Node, root: str) -> None:
+    if isinstance(node.value, str):
+        if not node.value.startswith(("/", "\\")) and "://" not in node.value and node.value[1:2] != ":":
+            node.value = f"{root}/{node.value}"
+    elif node.items is not None:
+        for item in node.items:
+            _prefix(item, root)
+    elif node.mapping is not None and node.text("type") is None:
+        for item in node.mapping.values():
+            _prefix(item, root)
+
+
+def _system_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """One kind of system runs here and one is known; the others are refused by name."""
+    assert parent.mapping is not None
+    for name in list(parent.mapping):
+        system = parent.mapping[name]
+        node = system.get("type")
+        if system.mapping is None or node is None or not isinstance(node.value, str):
+            continue
+        lowered = node.value.lower()
+        if lowered in _SYSTEMS:
+            node.value = _SYSTEMS[lowered]
+            continue
+        if lowered in _OTHER_SYSTEMS:
+            message = f"{_OTHER_SYSTEMS[lowered]} is an Olive system that Coldpress does not have yet"
+            hint = "nearest: LocalSystem; AzureML is read, but not run yet"
+        else:
+            close = nearest(node.value, _SYSTEMS.values())
+            message, hint = f"there is no system of type {node.value!r}", f"did you mean {close or 'LocalSystem'}?"
+        rw.problems.append(problem_at(node, message, hint=hint))
+        rw.lost.add(name)
+        del parent.mapping[name]
+
+
+def _accelerators(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """`["gpu"]` becomes `[{"device": "gpu"}]`."""
+    node = parent.get("accelerators")
+    assert node is not None and parent.mapping is not None
+    if node.value is None:
+        del parent.mapping["accelerators"]
+        return
+    if node.items is None:
+        return
+    if len(node.items) > 1:
+        message = f"{len(node.items)} accelerators: a model is built for one device and one execution provider"
+        rw.problems.append(problem_at(node, message, hint="keep one; run once for each target"))
+        node.items[1:] = []
+    for item in node.items:
+        if isinstance(item.value, str):
+            new = join_path(join_path(at, "accelerators.0"), "device")
+            rw.rewrites.append(_accelerator_rewrite(rw, rule, item, new))
+            item.value = {"device": from_plain(item.value, item.path, item)}
+
+
+def _accelerator_rewrite(rw: Rewriting, rule: Rule, item: Node, new: str):  # type: ignore[no-untyped-def]
+    from coldpress.config.rewriting import Rewrite
+
+    return Rewrite(rule.name, rw.label, item.path, new, item.line)
+
+
+def _device(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    node = parent.get("device")
+    assert node is not None
+    if isinstance(node.value, str):
+        node.value = node.value.lower()
+
+
+def _providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    node = parent.get("execution_providers")
+    assert node is not None and parent.mapping is not None
+    if node.value is None:
+        del parent.mapping["execution_providers"]
+        return
+    if isinstance(node.value, str):
+        node.value = [from_plain(node.value, node.path, node)]
+    for item in node.items or []:
+        if item.items is not None:
+            rw.refuse(parent, "execution_providers", "an execution provider from a library of its own is not supported")
+            return
+    if node.items is not None and len(node.items) > 1:
+        names = ", ".join(str(item.value) for item in node.items)
+        message = f"{len(node.items)} execution providers ({names}): a model is built for one"
+        rw.problems.append(problem_at(node, message, hint="keep the one it must run on"))
+        node.items[1:] = []
+    for item in node.items or []:
+        if isinstance(item.value, str) and item.value not in EXECUTION_PROVIDERS:
+            close = nearest(item.value, EXECUTION_PROVIDERS)
+            hint = f"did you mean {close}?" if close else f"known: {', '.join(EXECUTION_PROVIDERS)}"
+            rw.problems.append(problem_at(item, f"there is no execution provider called {item.value!r}", hint=hint))
+
+
+def _provider_defaults(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """A gpu without an execution provider must not silently become a model for the CPU."""
+    for name, system in (parent.mapping or {}).items():
+        accelerators = system.get("accelerators")
+        for index, item in enumerate((accelerators.items if accelerators else None) or []):
+            if item.text("device") == "gpu":
+                where = f"systems.{name}.accelerators.{index}"
+                rw.default(rule.name, item, "execution_providers", [_GPU_PROVIDER], where)
+
+
+def _search(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    rw.refuse(parent, "search_strategy", "search is not built yet", "write false, and one value for each parameter")
+
+
+_NO_REPORT = "run.json is always written"
+_ROWS: tuple[tuple[str, Action, Version | None, object], ...] = (
+    ("$schema", Drop("an editor's help"), None, None),
+    ("data_configs", Custom(_data_mapping), V06, _is_mapping),
+    ("host", Custom(_name_system), None, _is_mapping),
+    ("target", Custom(_name_system), None, _is_mapping),
+    ("evaluator", Custom(_name_evaluator), None, _is_mapping),
+    ("search_strategy", Custom(_search), None, _on_or_empty := (lambda node: node.value not in (None, False))),
+    ("cache_config", Drop("empty"), None, _off),
+    ("cache_config", Custom(_cache_config), None, _is_mapping),
+    ("cache_dir", Custom(_cache_dir_list), None, lambda node: node.items is not None),
+    ("enable_shared_cache", Drop("the cache is a local folder"), None, _off),
+    ("enable_shared_cache", Refuse("a shared cache is not built; the cache is a local folder"), None, _on),
+    ("clean_evaluation_cache", Drop("scores are kept with the model they belong to"), None, None),
+    ("packaging_config", Drop("the model folder in output_dir is complete"), None, _off),
+    (
+        "packaging_config",
+        Refuse("packaging is not built", "nearest: the folder in output_dir, which is complete and can be copied"),
+        None,
+        _on,
+    ),
+    ("ort_log_severity_level", Drop("ONNX Runtime reports through Coldpress's own messages", warn=True), None, None),
+    ("ort_py_log_severity_level", Drop("ONNX Runtime reports through Coldpress's own messages", warn=True), None, None),
+    ("log_to_file", Drop("nothing to do"), None, _off),
+    ("log_to_file", Drop("there is no log file; redirect the output instead", warn=True), None, _on),
+    ("plot_pareto_frontier", Drop("there is no search, so no frontier"), None, _off),
+    ("plot_pareto_frontier", Drop("there is no search, so no frontier to plot", warn=True), None, _on),
+    ("no_artifacts", Drop(_NO_REPORT), None, None),
+    ("disable_telemetry", Drop("there is no telemetry"), None, None),
+    ("output_name", Drop("output_dir alone says where the model goes", warn=True), V06, None),
+    ("auto_optimizer_config", Drop("empty"), V09, _off),
+    (
+        "auto_optimizer_config",
+        Refuse("the automatic choice of passes is not built", "nearest: list the passes, LoRA to ModelBuilder"),
+        V09,
+        _on,
+    ),
+    ("workflow_host", Drop("empty"), V09, _off),
+    ("workflow_host", Refuse("the whole workflow runs where it is started", "nearest: host"), V09, _on),
+    ("builds", Refuse("one file describes one workflow", "write one file for each build"), None, None),
+    ("max_concurrent_builds", Refuse("one file describes one workflow"), None, None),
+    ("pass_flows", Drop("empty"), V07, _off),
+    ("pass_flows", Custom(_pass_flows), V07, _on),
+)  # fmt: skip
+
+
+def _rows(level: str, rows: tuple[tuple[str, Action, Version | None, object], ...]) -> tuple[Rule, ...]:
+    return tuple(Rule(level, key, action, until, when) for key, action, until, when in rows)  # type: ignore[arg-type]
+
+
+RULES: tuple[Rule, ...] = (
+    *_rows("workflow", _ROWS),
+    Rule("systems", "*", Custom(_system_types)),
+    Rule("system", "accelerators", Custom(_accelerators), V06, lambda node: _has_text(node)),
+    Rule("system", "accelerators", Custom(_accelerators), None, lambda node: not _has_text(node)),
+    Rule("system", "olive_managed_env", Drop("nothing to do"), None, _off),
+    Rule("system", "olive_managed_env", Refuse("Coldpress installs nothing by itself", "prepare the environment"), V09, _on),
+    Rule("system", "requirements_file", Refuse("Coldpress installs nothing by itself", "prepare the environment"), V09),
+    Rule("system", "local_docker_config", Refuse("Docker is not built yet", "nearest: LocalSystem"), V09),
+    Rule("accelerator", "device", Custom(_device)),
+    Rule("accelerator", "execution_providers", Custom(_providers)),
+)
+
+FINISH_RULES: tuple[Rule, ...] = (
+    Rule("workflow", "execution_providers", Custom(_spread_providers), V06),
+    Rule("workflow", "azureml_client", Custom(_spread_client), V09),
+    Rule("workflow", "azureml_client_config", Custom(_spread_client), V06),
+    Rule("workflow", "data_root", Drop("empty"), V06, _off),
+    Rule("workflow", "data_root", Custom(_data_root), V06, _on),
+    Rule("systems", "*", Custom(_provider_defaults)),
+)
+"""These touch several places, so they come last."""
+
+
+def _has_text(node: Node) -> bool:
+    return any(isinstance(item.value, str) for item in node.items or [])
