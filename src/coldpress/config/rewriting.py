@@ -86,6 +86,8 @@ class Rule:
         return f"{self.level}.{self.key}"
 
     def fires(self, mapping: Node) -> bool:
+        if self.key == "*":
+            return True
         node = mapping.get(self.key)
         return node is not None and (self.when is None or self.when(node))
 
@@ -100,6 +102,8 @@ class Rewriting:
     rewrites: list[Rewrite] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    searched: list[Node] = field(default_factory=list)
+    """What asks for a search; one problem tells it all."""
     lost: set[str] = field(default_factory=set)
     """Names of systems, data configs and evaluators that a reported problem took away: no second error for them."""
 

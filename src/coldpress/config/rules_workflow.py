@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from coldpress.config.rewriting import Action, Custom, Drop, Refuse, Rename, Rewriting, Rule, Version
+from collections.abc import Callable
+
+from coldpress.config.rewriting import Action, Custom, Drop, Refuse, Rewriting, Rule, Version
 from coldpress.config.tree import Node, from_plain, join_path, plain, problem_at
 from coldpress.registry import nearest
 
@@ -110,7 +112,7 @@ def _data_mapping(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     elements: list[Node] = []
     for name, item in node.mapping.items():
         if item.mapping is not None and "name" not in item.mapping:
-            item.mapping = {"name": from_plain(name, item.path, item), **item.mapping}
+            item.value = {"name": from_plain(name, item.path, item), **item.mapping}
         elements.append(item)
     rw.told(rule.name, node, "data_configs, a list")
     node.value = list(elements)
@@ -278,15 +280,8 @@ def _accelerators(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         node.items[1:] = []
     for item in node.items:
         if isinstance(item.value, str):
-            new = join_path(join_path(at, "accelerators.0"), "device")
-            rw.rewrites.append(_accelerator_rewrite(rw, rule, item, new))
+            rw.told(rule.name, item, f"{at}.accelerators.0.device")
             item.value = {"device": from_plain(item.value, item.path, item)}
-
-
-def _accelerator_rewrite(rw: Rewriting, rule: Rule, item: Node, new: str):  # type: ignore[no-untyped-def]
-    from coldpress.config.rewriting import Rewrite
-
-    return Rewrite(rule.name, rw.label, item.path, new, item.line)
 
 
 def _device(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -331,17 +326,19 @@ def _provider_defaults(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None
 
 
 def _search(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    rw.refuse(parent, "search_strategy", "search is not built yet", "write false, and one value for each parameter")
+    assert parent.mapping is not None
+    rw.searched.append(parent.mapping.pop("search_strategy"))
 
 
 _NO_REPORT = "run.json is always written"
-_ROWS: tuple[tuple[str, Action, Version | None, object], ...] = (
+_Row = tuple[str, Action, Version | None, Callable[[Node], bool] | None]
+_ROWS: tuple[_Row, ...] = (
     ("$schema", Drop("an editor's help"), None, None),
     ("data_configs", Custom(_data_mapping), V06, _is_mapping),
     ("host", Custom(_name_system), None, _is_mapping),
     ("target", Custom(_name_system), None, _is_mapping),
     ("evaluator", Custom(_name_evaluator), None, _is_mapping),
-    ("search_strategy", Custom(_search), None, _on_or_empty := (lambda node: node.value not in (None, False))),
+    ("search_strategy", Custom(_search), None, lambda node: node.value not in (None, False)),
     ("cache_config", Drop("empty"), None, _off),
     ("cache_config", Custom(_cache_config), None, _is_mapping),
     ("cache_dir", Custom(_cache_dir_list), None, lambda node: node.items is not None),
@@ -380,8 +377,8 @@ _ROWS: tuple[tuple[str, Action, Version | None, object], ...] = (
 )  # fmt: skip
 
 
-def _rows(level: str, rows: tuple[tuple[str, Action, Version | None, object], ...]) -> tuple[Rule, ...]:
-    return tuple(Rule(level, key, action, until, when) for key, action, until, when in rows)  # type: ignore[arg-type]
+def _rows(level: str, rows: tuple[_Row, ...]) -> tuple[Rule, ...]:
+    return tuple(Rule(level, key, action, until, when) for key, action, until, when in rows)
 
 
 RULES: tuple[Rule, ...] = (
@@ -405,7 +402,7 @@ FINISH_RULES: tuple[Rule, ...] = (
     Rule("workflow", "data_root", Custom(_data_root), V06, _on),
     Rule("systems", "*", Custom(_provider_defaults)),
 )
-"""These touch several places, so they come last."""
+"""These touch several places, so they come after the others."""
 
 
 def _has_text(node: Node) -> bool:

@@ -1,0 +1,388 @@
+"""The weights of a graph: where each lies in the external data file, and how its bytes come about when it is written.
+
+    checkpoint (memory map) -> rows -> cast | quantize | compute -> their place in model.onnx.data
+
+A graph is built with placeholders that know dtype, shape and offset only (`DataFile.add`). `DataFile.write` then cuts every
+weight into chunks of rows; each thread takes the next chunk, makes its bytes and writes them at their offset. So peak
+memory is `budget_bytes`, whatever the size of a tensor, and one huge matrix keeps all threads busy. Nothing is synced to
+the device here: whoever commits the folder does that.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from coldpress.artifacts.arch import Rope, Rows
+from coldpress.artifacts.tensors import TensorSet, numpy_dtype
+from coldpress.errors import CheckpointError, DiskFullError
+from coldpress.kernels.quantize import NonFiniteWeightError, quantize
+from coldpress.kernels.rope import cos_sin, inverse_frequencies
+
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Cast",
+    "DataFile",
+    "Matrix",
+    "Place",
+    "QuantizedMatrix",
+    "RopeTable",
+    "Transposed",
+    "Weight",
+]
+
+DEFAULT_BUDGET = 96 << 20
+"""Bytes of weights in memory at once, all threads together."""
+ALIGNMENT = 64
+"""A cache line, and the width of an AVX-512 register: every tensor starts on a multiple of it."""
+COPIES = 4
+"""A chunk is held at most so many times over as float32: input, float32 form, result, result in its final dtype."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """W [n, k] as rows of checkpoint tensors, stacked; a vector is a matrix with k = 1."""
+
+    tensors: TensorSet
+    parts: tuple[Rows, ...]
+    k: int
+    delta: Callable[[int, int], Array] | None = None
+    """What an adapter adds to rows start to stop: float32 [stop - start, k]."""
+
+    @property
+    def n(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        return " + ".join(part.tensor for part in self.parts)
+
+    @property
+    def dtype(self) -> str:
+        """Of the checkpoint; float32 where parts differ or an adapter is added."""
+        found = {self.tensors.info(part.tensor).dtype for part in self.parts}
+        return found.pop() if len(found) == 1 and self.delta is None else "float32"
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows as they are stored; float32 where parts differ or an adapter is added."""
+        pieces, first = [], 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, part.count)
+            if low < high:
+                piece = self.tensors.read(part.tensor, part.first + low, part.first + high)
+                pieces.append(piece.reshape(high - low, self.k))
+            first += part.count
+        if self.delta is not None:
+            return np.concatenate([piece.astype(np.float32) for piece in pieces]) + self.delta(start, stop)
+        if len(pieces) == 1:
+            return pieces[0]
+        dtype = numpy_dtype(self.dtype)
+        return np.concatenate([piece.astype(dtype, copy=False) for piece in pieces])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of the data file."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize.__int__()
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
+    def tensor(self, file: str) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            file, self.offset, self.nbytes, self.dtype, shape=ir.Shape(self.shape), name=self.name
+        )
+
+
+class Weight(Protocol):
+    """One or more tensors that are made together, row by row of the first axis that all of them share."""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Offsets are not yet known."""
+        ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of input that a row takes: what the memory budget counts."""
+        ...
+
+    def make(self, start: int, stop: int) -> tuple[Array, ...]:
+        """The rows of each place."""
+        ...
+
+
+def _float_cast(array: Array, dtype: ir.DataType, name: str) -> Array:
+    """To float32, float16 or bfloat16; a finite value that float16 cannot hold is an error."""
+    target = dtype.numpy()
+    with np.errstate(over="ignore"):
+        result = array.astype(target, copy=False)
+    if target == np.float16 and array.dtype != np.float16 and not np.isfinite(result).all():
+        raise CheckpointError(
+            f"{name} holds values that float16 cannot (beyond 65504, or not finite)",
+            hint="build with another precision: bf16 and fp32 have the range",
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A matrix or vector in another floating-point type, shape [n, k] or [n]."""
+
+    name: str
+    matrix: Matrix
+    dtype: ir.DataType
+    vector: bool = False
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        shape = (self.matrix.n,) if self.vector else (self.matrix.n, self.matrix.k)
+        return (Place(self.name, self.dtype, shape),)
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.n
+
+    @property
+    def row_elements(self) -> int:
+        return self.matrix.k
+
+    def make(self, start: int, stop: int) -> tuple[Array, ...]:
+        rows = self.matrix.rows(start, stop)
+        return (_float_cast(rows[:, 0] if self.vector else rows, self.dtype, self.matrix.name),)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """W^T [k, n], as ONNX MatMul wants it. A chunk reads a stripe of columns over all rows."""
+
+    name: str
+    matrix: Matrix
+    dtype: ir.DataType
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return (Place(self.name, self.dtype, (self.matrix.k, self.matrix.n)),)
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.k
+
+    @property
+    def row_elements(self) -> int:
+        return self.matrix.n
+
+    def make(self, start: int, stop: int) -> tuple[Array, ...]:
+        # A stripe is gathered from pieces of rows, so that a delta is never held for the whole matrix.
+        result = np.empty((stop - start, self.matrix.n), self.dtype.numpy())
+        step = max(1, (1 << 20) // self.matrix.k)
+        for first in range(0, self.matrix.n, step):
+            last = min(first + step, self.matrix.n)
+            stripe = self.matrix.rows(first, last)[:, start:stop]
+            result[:, first:last] = _float_cast(stripe, self.dtype, self.matrix.name).T
+        return (result,)
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix in blocks of 4 or 8 bits; tensors `name`_Q4, `name`_scales and, if asymmetric, `name`_zero_points."""
+
+    name: str
+    matrix: Matrix
+    bits: int
+    block_size: int
+    symmetric: bool
+    candidates: int
+    scale_dtype: ir.DataType
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.matrix.k // self.block_size)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        n, blocks = self.matrix.n, self.blocks
+        codes = Place(f"{self.name}_Q{self.bits}", ir.DataType.UINT8, (n, blocks, self.block_size * self.bits // 8))
+        scales = Place(f"{self.name}_scales", self.scale_dtype, (n, blocks))
+        if self.symmetric:
+            return codes, scales
+        return codes, scales, Place(f"{self.name}_zero_points", ir.DataType.UINT8, (n, -(-blocks * self.bits // 8)))
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.n
+
+    @property
+    def row_elements(self) -> int:
+        return self.matrix.k
+
+    def make(self, start: int, stop: int) -> tuple[Array, ...]:
+        try:
+            result = quantize(
+                self.matrix.rows(start, stop),
+                bits=self.bits,
+                block_size=self.block_size,
+                symmetric=self.symmetric,
+                candidates=self.candidates,
+            )
+        except NonFiniteWeightError as error:
+            raise CheckpointError(
+                f"row {start + error.row} of {self.matrix.name} holds NaN or infinity",
+                hint="the checkpoint is damaged, or its training diverged",
+            ) from error
+        scales = _float_cast(result.scales, self.scale_dtype, f"scales of {self.matrix.name}")
+        if result.zeros is None:
+            return result.codes, scales
+        return result.codes, scales, result.zeros
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin of every position, [positions, d/2]. longrope: the short table, then the long one, where `both`."""
+
+    name: str
+    rope: Rope
+    lengths: tuple[tuple[tuple[float, ...], int], ...]
+    """Tables to stack: divisors of the frequencies (empty but for longrope) and positions."""
+    dtype: ir.DataType
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        shape = (self.rows, self.rope.dim // 2)
+        return Place(f"cos_{self.name}", self.dtype, shape), Place(f"sin_{self.name}", self.dtype, shape)
+
+    @property
+    def rows(self) -> int:
+        return sum(length for _, length in self.lengths)
+
+    @property
+    def row_elements(self) -> int:
+        return self.rope.dim
+
+    def make(self, start: int, stop: int) -> tuple[Array, ...]:
+        pieces, first = [], 0
+        for factors, length in self.lengths:
+            low, high = max(start - first, 0), min(stop - first, length)
+            if low < high:
+                extra = {"factors": factors} if factors else {}
+                frequencies, scale = inverse_frequencies(
+                    self.rope.kind, self.rope.dim, self.rope.theta, **self.rope.parameters, **extra
+                )
+                pieces.append(cos_sin(frequencies, scale, low, high))
+            first += length
+        cos, sin = (np.concatenate(halves) for halves in zip(*pieces, strict=True))
+        return cos.astype(self.dtype.numpy(), copy=False), sin.astype(self.dtype.numpy(), copy=False)
+
+
+class DataFile:
+    """The external data of a model: weights are added while the graph is built, written once it is complete."""
+
+    def __init__(self, name: str = "model.onnx.data") -> None:
+        self.name = name
+        self.size = 0
+        self._weights: list[tuple[Weight, tuple[Place, ...]]] = []
+
+    def add(self, weight: Weight) -> tuple[Place, ...]:
+        """Give the tensors of a weight their offsets."""
+        placed = []
+        for place in weight.places:
+            offset = -(-self.size // ALIGNMENT) * ALIGNMENT
+            placed.append(Place(place.name, place.dtype, place.shape, offset))
+            self.size = offset + place.nbytes
+        self._weights.append((weight, tuple(placed)))
+        return tuple(placed)
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        threads: int,
+        budget_bytes: int = DEFAULT_BUDGET,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write all tensors into `folder`; `progress` gets bytes done and bytes in all, one call at a time.
+
+        The first error of any thread stops all and is raised; a full disk as DiskFullError.
+        """
+        path = folder / self.name
+        elements = max(1, budget_bytes // (threads * COPIES * 4))
+        chunks = self._chunks(elements)
+        lock, stop, done = threading.Lock(), threading.Event(), itertools.count()
+        del done
+        written = 0
+
+        def work() -> None:
+            nonlocal written
+            with path.open("r+b", buffering=0) as file:
+                while not stop.is_set():
+                    with lock:
+                        chunk = next(chunks, None)
+                    if chunk is None:
+                        return
+                    count = _write_chunk(file, *chunk)
+                    with lock:
+                        written += count
+                        if progress is not None:
+                            progress(written, self.size)
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException:
+                stop.set()
+                raise
+
+        try:
+            with path.open("wb") as file:
+                file.truncate(self.size)
+            with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+                for future in [pool.submit(guarded) for _ in range(threads)]:
+                    future.result()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise DiskFullError(f"no space left for {path}: it takes {self.size} bytes") from error
+            raise
+
+    def _chunks(self, elements: int) -> Iterator[tuple[Weight, tuple[Place, ...], int, int]]:
+        for weight, places in self._weights:
+            step = max(1, elements // weight.row_elements)
+            for start in range(0, weight.rows, step):
+                yield weight, places, start, min(start + step, weight.rows)
+
+
+def _write_chunk(file: Any, weight: Weight, places: tuple[Place, ...], start: int, stop: int) -> int:
+    """Make rows and write them; returns the bytes written."""
+    total = 0
+    for place, array in zip(places, weight.make(start, stop), strict=True):
+        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        if len(data) != (stop - start) * place.row_bytes:
+            raise AssertionError(f"{place.name}: {len(data)} bytes made for {(stop - start) * place.row_bytes}")
+        file.seek(place.offset + start * place.row_bytes)
+        total += len(data)
+        while data:
+            data = data[file.write(data) :]
+    return total

@@ -1,0 +1,1 @@
+"""The torch side: loading and training."""

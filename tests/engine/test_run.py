@@ -1,0 +1,243 @@
+"""The engine on fake passes: caching, resuming, failing, being killed, sharing a cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coldpress
+from coldpress.errors import ColdpressError, ConfigError, DiskFullError, StepError, StoreError, WorkerKilledError
+from coldpress.events import Event, Message, StepFinished
+
+Make = Callable[..., dict[str, Any]]
+
+
+def finished(events: list[Event]) -> list[tuple[str, bool]]:
+    return [(event.step, event.cached) for event in events if isinstance(event, StepFinished)]
+
+
+def leftovers(cache: Path) -> list[str]:
+    """Files of unfinished steps that nothing can continue from."""
+    return [str(path) for path in (cache / "partial").rglob("*") if path.is_file() and "work" not in path.parts]
+
+
+def test_results_are_typed_and_recorded(workflow: Make, tmp_path: Path) -> None:
+    result = coldpress.run(workflow({"mark": "a"}, {"mark": "b"}))
+    assert result.output == tmp_path / "output" / "model"
+    assert [step.name for step in result.steps] == ["step0", "step1"]
+    assert all(step.peak_bytes >= step.peak_anonymous_bytes > 10_000_000 for step in result.steps)
+    record = json.loads(result.record.read_text())
+    assert [step["key"] for step in record["steps"]] == [step.key for step in result.steps]
+    assert record["libraries"]["numpy"]
+    assert (result.output / "artifact.json").is_file()
+
+
+def test_a_rerun_does_nothing_and_says_so(workflow: Make) -> None:
+    coldpress.run(workflow({"mark": "a"}, {"mark": "b"}))
+    events: list[Event] = []
+    coldpress.run(workflow({"mark": "a"}, {"mark": "b"}), sinks=[events.append])
+    assert finished(events) == [("step0", True), ("step1", True)]
+
+
+def test_a_changed_step_reuses_what_comes_before_it(workflow: Make) -> None:
+    coldpress.run(workflow({"mark": "a"}, {"mark": "b"}))
+    events: list[Event] = []
+    coldpress.run(workflow({"mark": "a"}, {"mark": "c"}), sinks=[events.append])
+    assert finished(events) == [("step0", True), ("step1", False)]
+
+
+@pytest.mark.parametrize(
+    ("behave", "error", "says"),
+    [
+        ("fail", StepError, "it failed on purpose"),
+        ("crash", StepError, "a bug, for once on purpose"),
+        ("killed", WorkerKilledError, "memory runs out"),
+        ("segfault", StepError, "signal 11"),
+        ("full", DiskFullError, "no space left"),
+        ("wrong", StepError, "something else than was planned"),
+    ],
+)
+def test_a_failed_step_is_an_error_and_never_cached(
+    workflow: Make, tmp_path: Path, behave: str, error: type[ColdpressError], says: str
+) -> None:
+    document = workflow({"mark": "a"}, {"behave": behave})
+    for _ in range(2):
+        with pytest.raises(error, match=says) as caught:
+            coldpress.run(document)
+        assert caught.value.exit_code == 1
+        assert "step1" in str(caught.value)
+        assert "finished before it, and kept: step0" in str(caught.value)
+        assert not leftovers(tmp_path / "cache")
+        assert not (tmp_path / "output" / "run.json").exists()
+        assert not (tmp_path / "output" / "model").exists()
+
+
+def test_refusals_come_before_any_work(workflow: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this pass refuses") as caught:
+        coldpress.run(workflow({"mark": "a"}, {"behave": "refuse"}))
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_cannot_fit_is_refused_with_both_figures(workflow: Make) -> None:
+    with pytest.raises(ConfigError, match=r"needs about 1000000\.0 GB of memory, and this machine has"):
+        coldpress.plan(workflow({"ram": 10**15}))
+
+
+def test_an_edited_weight_file_is_noticed(workflow: Make) -> None:
+    result = coldpress.run(workflow({"mark": "a"}))
+    with (result.steps[0].path / "half").open("a") as file:
+        file.write("tampered")
+    events: list[Event] = []
+    coldpress.run(workflow({"mark": "a"}), sinks=[events.append])
+    assert finished(events) == [("step0", False)]
+
+
+def test_an_edited_output_is_put_right(workflow: Make) -> None:
+    result = coldpress.run(workflow({"mark": "a"}))
+    (result.output / "half").write_text("mine")
+    again = coldpress.run(workflow({"mark": "a"}))
+    assert (again.output / "half").read_text() == "written before anything goes wrong"
+    assert again.steps[0].cached
+
+
+def test_changed_data_changes_the_key(workflow: Make, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    document = workflow(
+        {"train_data_config": "train"},
+        data_configs=[
+            {
+                "name": "train",
+                "type": "HuggingfaceContainer",
+                "load_dataset_config": {"data_name": "json", "data_files": str(data)},
+                "pre_process_data_config": {"text_field": "text"},
+            }
+        ],
+    )
+    data.write_text('{"text": "one"}\n')
+    first = coldpress.plan(document).steps[0].key
+    assert coldpress.plan(document).steps[0].key == first
+    data.write_text('{"text": "two"}\n')
+    assert coldpress.plan(document).steps[0].key != first
+
+
+def start(document: dict[str, Any], tmp_path: Path, name: str = "workflow.json") -> subprocess.Popen[str]:
+    path = tmp_path / name
+    path.write_text(json.dumps(document))
+    return subprocess.Popen(
+        [sys.executable, "-m", "coldpress", "run", str(path), "--log-format", "json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, pattern: str, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not list(path.glob(pattern)):
+        assert time.monotonic() < end, f"{pattern} never appeared under {path}"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_is_continued(workflow: Make, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    document = workflow({"seconds": 5.0})
+    process = start(document, tmp_path)
+    wait_for(tmp_path / "cache", "partial/*/work/tick-2")
+    process.send_signal(number)
+    _, complaint = process.communicate(timeout=30)
+    assert process.returncode == code
+    if code == 130:
+        assert "the same command goes on" in complaint
+    assert not (tmp_path / "output").exists()
+    assert not list((tmp_path / "cache" / "steps").iterdir())
+
+    document["passes"]["step0"]["seconds"] = 5.0
+    events: list[Event] = []
+    coldpress.run(document, sinks=[events.append])
+    said = [event.text for event in events if isinstance(event, Message) and "ticks done before" in event.text]
+    assert int(said[0].split(":")[1]) >= 3, "it began from nothing"
+    assert not list((tmp_path / "cache" / "partial").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="reads /proc or process tables as on POSIX")
+def test_no_worker_outlives_a_killed_run(workflow: Make, tmp_path: Path) -> None:
+    import psutil
+
+    process = start(workflow({"seconds": 20.0}), tmp_path)
+    wait_for(tmp_path / "cache", "partial/*/work/tick-0")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()
+    process.communicate(timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def test_two_runs_share_a_cache(workflow: Make, tmp_path: Path) -> None:
+    document = workflow({"seconds": 1.5})
+    other = {**document, "output_dir": str(tmp_path / "other")}
+    lists: list[list[Event]] = [[], []]
+    threads = [
+        threading.Thread(target=coldpress.run, args=(one,), kwargs={"sinks": [events.append]})
+        for one, events in zip((document, other), lists, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(cached for events in lists for _, cached in finished(events)) == [False, True]
+    assert any("waiting" in event.text for events in lists for event in events if isinstance(event, Message))
+    assert (tmp_path / "other" / "run.json").is_file()
+    assert (tmp_path / "output" / "run.json").is_file()
+
+
+def test_a_cache_that_cannot_be_written(workflow: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match="file"):
+        coldpress.run(workflow({"mark": "a"}, cache_dir=str(tmp_path / "file" / "cache")))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to become nobody")
+def test_a_cache_without_write_permission(workflow: Make, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o555)
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(workflow({"mark": "a"})))
+    done = subprocess.run(
+        [sys.executable, "-m", "coldpress", "run", str(path)],
+        capture_output=True, text=True, preexec_fn=lambda: os.setuid(65534), check=False,
+    )  # fmt: skip
+    if "Permission denied: '/root" in done.stderr:
+        pytest.skip("nobody may not enter the interpreter's folder here")
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A disk of 6 MB, where this process may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("no permission to mount a small tmpfs")
+    yield place  # type: ignore[misc]
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(workflow: Make, small_disk: Path) -> None:
+    with (small_disk / "ballast").open("wb") as file:
+        file.write(b"\0" * (6 << 20))
+    with pytest.raises(DiskFullError, match="no space left"):
+        coldpress.run(workflow({"mark": "a"}, cache_dir=str(small_disk / "cache")))
