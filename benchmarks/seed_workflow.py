@@ -74,7 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-python")
-    parser.add_argument("--data", type=Path, default=ROOT / "examples" / "phrase-classification" / "dataset" / "train.jsonl")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "examples" / "phrase-classification" / "dataset" / "train.jsonl"
+    )
     options = parser.parse_args()
     peer = options.peer_python or peer_python("olive", OLIVE)
     work = HERE / ".work" / "seed"
@@ -99,9 +101,13 @@ def main() -> None:
         return measure(theirs, cwd=place, environment=quiet)
 
     left, right = alternate(fresh_ours, fresh_peer, options.rounds)
-    print(report("The seed's local workflow, from nothing", left, right, peer_name="Olive 0.13, telemetry off", bar=0.6))
+    print(
+        report("The seed's local workflow, from nothing", left, right, peer_name="Olive 0.13, telemetry off", bar=0.6)
+    )
     left, right = alternate(
-        lambda: measure(ours, cwd=place, environment=quiet), lambda: measure(theirs, cwd=place, environment=quiet), options.rounds
+        lambda: measure(ours, cwd=place, environment=quiet),
+        lambda: measure(theirs, cwd=place, environment=quiet),
+        options.rounds,
     )
     print(report("The same again, everything cached (bar: 2 s)", left, right, peer_name="Olive 0.13, telemetry off"))
 

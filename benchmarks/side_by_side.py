@@ -31,14 +31,23 @@ class Measured:
 
 
 def measure(
-    command: Sequence[str], *, cwd: Path | None = None, environment: Mapping[str, str] | None = None, allow_failure: bool = False
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    allow_failure: bool = False,
 ) -> Measured:
     """Run a command to its end. Raises RuntimeError with its output when it fails."""
     import os
 
     started = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     peak = {"anonymous": 0, "resident": 0}
     done = threading.Event()
@@ -73,7 +82,9 @@ def measure(
     return Measured(seconds, peak["anonymous"], peak["resident"], output)
 
 
-def alternate(ours: Callable[[], Measured], peer: Callable[[], Measured], rounds: int) -> tuple[list[Measured], list[Measured]]:
+def alternate(
+    ours: Callable[[], Measured], peer: Callable[[], Measured], rounds: int
+) -> tuple[list[Measured], list[Measured]]:
     """A B A B ..., so that a drifting machine hits both alike."""
     left, right = [], []
     for _ in range(rounds):
@@ -86,7 +97,11 @@ def machine() -> str:
     """One line about the hardware."""
     name = platform.processor() or platform.machine()
     try:
-        name = next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        name = next(
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
     memory = psutil.virtual_memory().total / 2**30
@@ -104,9 +119,18 @@ def peer_python(name: str, requirements: Sequence[str]) -> str:
     return str(python)
 
 
-def report(title: str, ours: Sequence[Measured], peer: Sequence[Measured], *, peer_name: str, bar: float | None = None) -> str:
+def report(
+    title: str, ours: Sequence[Measured], peer: Sequence[Measured], *, peer_name: str, bar: float | None = None
+) -> str:
     """A markdown table: medians, ranges, ratio of the medians."""
-    rows = [f"### {title}", "", f"{machine()}; {len(ours)} alternating runs", "", "| | wall s (min-max) | peak anonymous MB | peak resident MB |", "| --- | --- | --- | --- |"]
+    rows = [
+        f"### {title}",
+        "",
+        f"{machine()}; {len(ours)} alternating runs",
+        "",
+        "| | wall s (min-max) | peak anonymous MB | peak resident MB |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, runs in (("Coldpress", ours), (peer_name, peer)):
         seconds = [run.seconds for run in runs]
         rows.append(

@@ -1,6 +1,6 @@
 """How long the command line takes to answer: Coldpress against Olive 0.13.
 
-    python benchmarks/startup.py [--rounds 7] [--peer-python PYTHON]
+python benchmarks/startup.py [--rounds 7] [--peer-python PYTHON]
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> None:
         shutil.copy(ROOT / "tests" / "workflows" / "seed" / config.name, config)
         for verb in ("check", "plan"):
             seconds = [measure([ours, verb, str(config)]).seconds for _ in range(options.rounds)]
-            print(f"coldpress {verb} {config.name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})")
+            print(
+                f"coldpress {verb} {config.name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})"
+            )
     print("bar: check + plan of a seed config in 1 s; Olive 0.13 rejects all four seed configs")
 
 

@@ -54,7 +54,9 @@ def test_imports_point_downward(path: Path) -> None:
         return
     for other in imported_rooms(ast.parse(path.read_text(encoding="utf-8"))):
         if other != mine:
-            assert FLOOR_OF[other] < FLOOR_OF[mine], f"{mine} (floor {FLOOR_OF[mine]}) imports {other} (floor {FLOOR_OF[other]})"
+            assert FLOOR_OF[other] < FLOOR_OF[mine], (
+                f"{mine} (floor {FLOOR_OF[mine]}) imports {other} (floor {FLOOR_OF[other]})"
+            )
 
 
 def test_every_room_has_a_floor() -> None:

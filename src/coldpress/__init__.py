@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coldpress.api import check, load_config, plan, run
+    from coldpress.api import load_config, plan, run
     from coldpress.config.load import LoadedConfig
     from coldpress.engine.plan import Plan
     from coldpress.engine.result import RunResult, Score, StepResult
@@ -24,7 +24,6 @@ __all__ = [
     "Score",
     "StepResult",
     "__version__",
-    "check",
     "load_config",
     "plan",
     "run",
@@ -36,7 +35,6 @@ _HOME = {
     "RunResult": "coldpress.engine.result",
     "Score": "coldpress.engine.result",
     "StepResult": "coldpress.engine.result",
-    "check": "coldpress.api",
     "load_config": "coldpress.api",
     "plan": "coldpress.api",
     "run": "coldpress.api",

@@ -1,10 +1,10 @@
-"""The library's front door: what the command line does, as four functions."""
+"""The library's front door: what the command line does, as three functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from coldpress.config.load import LoadedConfig
 from coldpress.config.load import load_config as _load
@@ -14,9 +14,9 @@ from coldpress.engine.run import run as _run
 from coldpress.events import Sink
 from coldpress.registry import PASSES
 
-__all__ = ["check", "load_config", "plan", "run"]
+__all__ = ["load_config", "plan", "run"]
 
-Source = str | Path | Mapping[str, Any] | LoadedConfig
+Source: TypeAlias = str | Path | Mapping[str, Any] | LoadedConfig
 
 
 def load_config(source: Source, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -28,11 +28,6 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> LoadedConfig:
         return source
     place: Path | Mapping[str, Any] = Path(source) if isinstance(source, str) else source
     return _load(place, overrides, passes={name: PASSES[name].Config for name in PASSES})
-
-
-def check(source: Source, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Like `load_config`; the name says that nothing else is done."""
-    return load_config(source, overrides)
 
 
 def plan(source: Source, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Plan:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from coldpress.artifacts.base import Artifact, read_json
+from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import CheckpointError, MissingExtraError, UsageError
 
 __all__ = ["Generator", "Sampling", "open_generator", "resolve_model"]
@@ -60,7 +60,6 @@ class _GenAI:
     def __init__(self, artifact: Artifact) -> None:
         try:
             import onnxruntime_genai as og
-            from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"{error.name} is not installed", hint="pip install 'coldpress[cpu]' (or [gpu])"
@@ -72,12 +71,11 @@ class _GenAI:
         except RuntimeError as error:
             raise CheckpointError(f"ONNX Runtime GenAI cannot load {artifact.model}: {error}") from error
         # The tokenizer of the checkpoint itself: GenAI's own adds no BOS where the checkpoint's does.
-        self._tokenizer = Tokenizer.from_file(str(artifact.model / "tokenizer.json"))
-        search = read_json(artifact.model / "genai_config.json")
-        self._context = int(search["model"]["context_length"])
+        self._tokenizer = Tokenizer.load(artifact.model)
+        self._context = int(read_json(artifact.model / "genai_config.json")["model"]["context_length"])
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        ids = self._tokenizer.encode(prompt).ids
+        ids = self._tokenizer.backend.encode(prompt).ids
         if len(ids) >= self._context:
             raise UsageError(f"the prompt has {len(ids)} tokens and the model's context is {self._context}")
         parameters = self._og.GeneratorParams(self._model)
@@ -96,18 +94,14 @@ class _GenAI:
         while not generator.is_done():
             generator.generate_next_token()
             made.append(int(generator.get_next_tokens()[0]))
-            text = self._tokenizer.decode(made, skip_special_tokens=True)
+            text = self._tokenizer.backend.decode(made, skip_special_tokens=True)
             # An unfinished character decodes to U+FFFD: wait for its next byte.
             if len(text) > len(shown) and not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        if not _has_chat_template(self._folder):
-            raise UsageError(f"{self._folder} has no chat template", hint="use `coldpress generate` with a prompt")
-        tokenizer = self._og.Tokenizer(self._model)
-        rendered: str = tokenizer.apply_chat_template(messages=json.dumps(list(messages)), add_generation_prompt=True)
-        return rendered
+        return _render(self._tokenizer, messages)
 
 
 class _Torch:
@@ -118,6 +112,7 @@ class _Torch:
 
         self._tokenizer = load_tokenizer(artifact, trust_remote_code=trust_remote_code)
         self._model = load_for_inference(artifact, trust_remote_code=trust_remote_code)
+        self._rendering = Tokenizer.load(artifact.tokenizer_path)
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         import threading
@@ -140,14 +135,10 @@ class _Torch:
         thread.join()
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        if self._tokenizer.chat_template is None:
-            raise UsageError("the model has no chat template", hint="use `coldpress generate` with a prompt")
-        rendered: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return rendered
+        return _render(self._rendering, messages)
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in read_json(config)
+def _render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:
+    if tokenizer.chat_template is None:
+        raise UsageError("the model has no chat template", hint="use `coldpress generate` with a prompt")
+    return tokenizer.chat(messages, generation_prompt=True)

@@ -118,13 +118,14 @@ def _execution_providers() -> tuple[str, ...]:
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str | None]:
     """Installed version of each distribution, None where it is absent."""
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

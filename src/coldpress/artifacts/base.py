@@ -237,7 +237,9 @@ class Artifact:
     def _describe_onnx(self) -> Spec:
         genai = read_json(self.model / "genai_config.json")
         beside = self.model / "config.json"
-        config = read_json(beside) if beside.is_file() else {"model_type": genai.get("model", {}).get("type", "unknown")}
+        config = (
+            read_json(beside) if beside.is_file() else {"model_type": genai.get("model", {}).get("type", "unknown")}
+        )
         return Spec(
             kind="onnx",
             config=config,

@@ -50,11 +50,15 @@ def list_steps(store: Any) -> None:
     ]
     click.echo(table(["key", "pass", "step", "size", "took", "used"], rows, right=(3, 4)))
     unfinished = len(list((store.root / "partial").glob("*")))
-    click.echo(f"{len(entries)} steps, {size(sum(entry.bytes for entry in entries))}; {unfinished} unfinished; {store.root}")
+    click.echo(
+        f"{len(entries)} steps, {size(sum(entry.bytes for entry in entries))}; {unfinished} unfinished; {store.root}"
+    )
 
 
 @cache.command()
-@click.option("--days", type=click.FloatRange(0), default=30.0, show_default=True, help="Delete what was not used for so long.")
+@click.option(
+    "--days", type=click.FloatRange(0), default=30.0, show_default=True, help="Delete what was not used for so long."
+)
 @click.option("--all", "everything", is_flag=True, help="Delete every finished and unfinished step.")
 @click.pass_obj
 def prune(store: Any, days: float, everything: bool) -> None:

@@ -99,8 +99,7 @@ class Terminal(PlainLines):
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepStarted):
             self._clear()
-            label = f"{event.step} {event.kind}" if event.kind in ("parity", "evaluate") else f"{event.step} {event.kind}"
-            self._task = self._bars.add_task("", total=None, label=label, figures="")
+            self._task = self._bars.add_task("", total=None, label=f"{event.step} {event.kind}", figures="")
             return
         if isinstance(event, Progress):
             if self._task is None:
@@ -163,10 +162,13 @@ def _text(event: Event, width: int) -> str | None:
     if isinstance(event, Message):
         if event.level == "debug":
             return None
-        sign = {"warning": click.style("warning", fg="yellow"), "error": click.style("error", fg="red")}.get(event.level, "")
+        sign = {"warning": click.style("warning", fg="yellow"), "error": click.style("error", fg="red")}.get(
+            event.level, ""
+        )
         return "  ".join(part for part in (f"{event.step:{width}s}", sign, event.text) if part.strip()) or None
     if isinstance(event, StepFailed):
         return f"{event.step:{width}s}  {click.style('failed', fg='red')}  {event.kind}"
     if isinstance(event, RunFinished):
-        return f"{'':{width}s}  model  {event.output}\n{'':{width}s}  record {event.record}\n{'':{width}s}  total  {duration(event.seconds)}"
+        margin = " " * (width + 2)
+        return f"{margin}model  {event.output}\n{margin}record {event.record}\n{margin}total  {duration(event.seconds)}"
     return None

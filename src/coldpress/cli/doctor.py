@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import shutil
-import sys
 from pathlib import Path
 
 import click
@@ -40,18 +39,20 @@ def findings(hardware: Hardware, versions: dict[str, str | None]) -> list[tuple[
         if not present:
             found.append((f"no {family[0]} is installed", "pip install 'coldpress[cpu]' (or [gpu])"))
     if hardware.gpus and not versions["onnxruntime-gpu"]:
-        found.append(("this machine has a GPU, and the installed ONNX Runtime cannot use it", "pip install 'coldpress[gpu]'"))
-    for name in ("torch", "transformers", "peft", "datasets"):
-        if versions[name] is None:
-            found.append((f"{name} is not installed: fine-tuning and proofs need it", "pip install 'coldpress[cpu]'"))
+        found.append(
+            ("this machine has a GPU, and the installed ONNX Runtime cannot use it", "pip install 'coldpress[gpu]'")
+        )
+    found += [
+        (f"{name} is not installed: fine-tuning and proofs need it", "pip install 'coldpress[cpu]'")
+        for name in ("torch", "transformers", "peft", "datasets")
+        if versions[name] is None
+    ]
     transformers = versions["transformers"]
     if transformers is not None and int(transformers.split(".")[0]) < 5:
         found.append((f"transformers {transformers} is older than 5", "pip install -U transformers"))
     free = shutil.disk_usage(Path.cwd()).free
     if free < 5e9:
         found.append((f"only {size(free)} of disk are free here", "free some space, or set cache_dir elsewhere"))
-    if sys.version_info < (3, 10):
-        found.append((f"Python {platform.python_version()} is older than 3.10", "install a newer Python"))
     return found
 
 

@@ -14,7 +14,9 @@ __all__ = ["migrate", "schema"]
 
 @click.command()
 @click.argument("old", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "new", required=True, type=click.Path(path_type=Path), help="The file to write: .json or .yaml.")
+@click.option(
+    "-o", "--output", "new", required=True, type=click.Path(path_type=Path), help="The file to write: .json or .yaml."
+)
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
 def migrate(old: Path, new: Path, force: bool) -> None:
     """Rewrite a config of any older Olive dialect to today's; each rule that fired is listed."""

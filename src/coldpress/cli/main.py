@@ -50,7 +50,9 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _VERBS and not args[0].startswith("-"):
             from coldpress.registry import nearest
 
@@ -104,7 +106,8 @@ def _run() -> int:
 
         traceback.print_exc()
         click.echo(
-            f"error: {type(error).__name__}: {error}\n  hint: this is a bug in Coldpress; please report the lines above",
+            f"error: {type(error).__name__}: {error}\n"
+            "  hint: this is a bug in Coldpress; please report the lines above",
             err=True,
         )
         return 1

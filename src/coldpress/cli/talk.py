@@ -15,7 +15,9 @@ def _sampling_options(command: Any) -> Any:
     for option in reversed(
         (
             click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
-            click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
+            click.option(
+                "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
+            ),
             click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True),
             click.option("--seed", type=int, help="Seed of the sampling."),
             click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),

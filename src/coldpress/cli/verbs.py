@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,27 @@ def _common(command: Any) -> Any:
     for option in reversed(
         (
             click.option("-o", "--output-dir", default="output", show_default=True, help="Where the model goes."),
-            click.option("--cache-dir", default=".coldpress-cache", show_default=True, help="Where finished steps are kept."),
-            click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE",
-                         help="Write the workflow to FILE (.json or .yaml) and do not run it."),
+            click.option("--cache-dir", default=".coldpress-cache", show_default=True, help="Where finished steps go."),
+            click.option(
+                "--save-config",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Write the workflow to FILE (.json or .yaml) and do not run it.",
+            ),
             click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),
-            click.option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True),
+            click.option(
+                "--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True
+            ),
         )
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
 
 def _data_config(name: str, file: str, split: str | None, **pre_process: Any) -> dict[str, Any]:
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}.get(Path(file).suffix.lower())
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}.get(
+        Path(file).suffix.lower()
+    )
     if kind is None:
         load: dict[str, Any] = {"data_name": file}
     else:
@@ -95,10 +102,17 @@ def _share_or_count(text: str) -> float | int:
 @click.option("-d", "--data", required=True, help="File of records (json, jsonl, csv, parquet, txt) or a hub data set.")
 @click.option("--split", help="Split of the data to train on.")
 @click.option("--eval-data", help="File of records for the evaluation loss and the accuracy.")
-@click.option("--eval-size", default="0.1", show_default=True, help="Held out of the data when there is no --eval-data: a share or a count; 0 for none.")
+@click.option(
+    "--eval-size",
+    default="0.1",
+    show_default=True,
+    help="Held out of the data when there is no --eval-data: a share or a count; 0 for none.",
+)
 @click.option("--template", "text_template", help="Text of one record, {column} filled in; \\n is a line break.")
 @click.option("--text-field", help="The column that holds the text.")
-@click.option("--chat", "chat_template", is_flag=True, help="Records hold chat messages; use the model's chat template.")
+@click.option(
+    "--chat", "chat_template", is_flag=True, help="Records hold chat messages; use the model's chat template."
+)
 @click.option("--answer", "label_col", help="Column of the answer: loss on it alone, and accuracy by it.")
 @click.option("--method", type=click.Choice(["lora", "qlora"]), default="lora", show_default=True)
 @click.option("-r", "--rank", type=click.IntRange(1), default=64, show_default=True)
@@ -114,7 +128,9 @@ def _share_or_count(text: str) -> float | int:
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--no-merge", is_flag=True, help="Hand over the adapter instead of a merged checkpoint.")
-@click.option("--build", "precision", type=click.Choice(["fp32", "int8", "int4"]), help="Build an ONNX model of it too.")
+@click.option(
+    "--build", "precision", type=click.Choice(["fp32", "int8", "int4"]), help="Build an ONNX model of it too."
+)
 @_common
 def finetune(model: str, data: str, **options: Any) -> None:
     """Fine-tune MODEL (a checkpoint folder or hub id) on a file of records."""
@@ -186,10 +202,16 @@ def _measure_accuracy(document: dict[str, Any], data: str) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("-p", "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="int4", show_default=True)
-@click.option("--block-size", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale (int4).")
+@click.option(
+    "-p", "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="int4", show_default=True
+)
+@click.option(
+    "--block-size", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale (int4)."
+)
 @click.option("--asymmetric", is_flag=True, help="Zero points as well as scales (int4).")
-@click.option("--accuracy-level", type=click.Choice(["1", "2", "3", "4"]), help="Arithmetic of int4 products: 1 fp32, 4 int8.")
+@click.option(
+    "--accuracy-level", type=click.Choice(["1", "2", "3", "4"]), help="Arithmetic of int4 products: 1 fp32, 4 int8."
+)
 @click.option("--exclude-embeds", is_flag=True, help="Leave the embedding out of the model.")
 @click.option("--exclude-lm-head", is_flag=True, help="Leave the output head out of the model.")
 @click.option("--adapter", help="A PEFT adapter to merge first.")
@@ -201,7 +223,12 @@ def build(model: str, **options: Any) -> None:
     cpu = options["provider"] == "cpu"
     provider = "CPUExecutionProvider" if cpu else "CUDAExecutionProvider"
     document = _workflow(
-        model, options["output_dir"], options["cache_dir"], options["trust_remote_code"], "cpu" if cpu else "gpu", provider
+        model,
+        options["output_dir"],
+        options["cache_dir"],
+        options["trust_remote_code"],
+        "cpu" if cpu else "gpu",
+        provider,
     )
     passes: dict[str, Any] = {}
     if options["adapter"] is not None:

@@ -30,7 +30,9 @@ def _source(config: str | None, arguments: Sequence[str]) -> tuple[Path, list[st
 
 def _with_config(command: Any) -> Any:
     command = click.argument("arguments", nargs=-1, metavar="FILE [KEY.PATH=VALUE]...")(command)
-    return click.option("--config", "--run-config", "-c", metavar="FILE", help="The config file; the same as giving it first.")(command)
+    return click.option(
+        "--config", "--run-config", "-c", metavar="FILE", help="The config file; the same as giving it first."
+    )(command)
 
 
 _trust = click.option(
@@ -64,7 +66,9 @@ def say_dialect(loaded: LoadedConfig, echo: Any = click.echo) -> None:
 @click.option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True,
               help="auto: live on a terminal, plain lines elsewhere; json: one event a line.")  # fmt: skip
 @click.option("--quiet-dialect", is_flag=True, help="Do not list the rewrites of an older dialect.")
-def run(config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool) -> None:
+def run(
+    config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool
+) -> None:
     """Run a workflow to its end. Finished steps are cached: a rerun does only what is missing."""
     from coldpress.api import run as run_workflow
     from coldpress.cli.display import sink_for

@@ -36,6 +36,7 @@ def _by_level() -> dict[str, list[Rule]]:
 
 
 _TABLE = _by_level()
+_TRAINING = {name.lower(): name for name in rules_passes.TRAINING_PASSES}
 
 _SINCE: tuple[tuple[str, str, Version], ...] = (
     ("model", "load_kwargs", (0, 7)),
@@ -68,8 +69,6 @@ def translate(root: Node, passes: Mapping[str, type[BaseModel]]) -> Rewriting:
         known = rw.passes[level[5:]].model_fields if level.startswith("pass:") else {}
         for rule in _TABLE.get(level, ()):
             if rule.key not in known and rule.fires(node):
-                rw.apply(rule, node, at)
-            elif rule.key == "training_args" and rule.fires(node):
                 rw.apply(rule, node, at)
     _finish(rw)
     write_defaults(rw)
@@ -162,8 +161,8 @@ def _pass_levels(root: Node) -> Iterator[tuple[str, Node, str]]:
         if entry.mapping is None:
             continue
         yield "pass", entry, at
-        kind = entry.text("type") or ""
-        if kind in rules_passes.TRAINING_PASSES:
+        kind = _TRAINING.get((entry.text("type") or "").lower())
+        if kind is not None:
             yield f"pass:{kind}", entry, at
             arguments = entry.get("training_args")
             if arguments is not None and arguments.mapping is not None:
@@ -196,7 +195,6 @@ def _detect(rw: Rewriting) -> None:
     new: list[tuple[Version, Node]] = []
     since = {(level, key): version for level, key, version in _SINCE}
     for level, node, _ in _levels(rw.root):
-        level = _exact_level(level, node, rw)
         finish = [rule for rule in rules_workflow.FINISH_RULES if rule.level == level]
         for rule in (*_TABLE.get(level, ()), *finish):
             found = node.get(rule.key)
@@ -214,11 +212,6 @@ def _detect(rw: Rewriting) -> None:
     clash = [(version, node) for version, node in new if version > newest]
     if clash:
         _report_clash(rw, old, clash, newest)
-
-
-def _exact_level(level: str, node: Node, rw: Rewriting) -> str:
-    """Passes keep the user's spelling until their rules run; `lora` speaks for `LoRA`."""
-    return level
 
 
 def _report_clash(

@@ -241,6 +241,10 @@ def hoist_data_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     given = node.mapping.pop("name", None)
     node.value = {"name": from_plain(name, node.path, given or node), **node.mapping}
     parent.mapping[rule.key] = from_plain(name, node.path, node)
+    for block in ("load_dataset_config", "pre_process_data_config"):
+        below = node.get(block)
+        if below is not None:
+            rw.unfold(below, "params")
     data.items.append(node)
     rw.told(f"inline.{rule.key}", node, f"data_configs.{len(data.items) - 1}, named {name}")
 

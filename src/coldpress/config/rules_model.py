@@ -60,7 +60,8 @@ def _unreadable(rw: Rewriting, node: Node, message: str, hint: str) -> None:
     """One error for the whole model; its keys belong to a type we do not read."""
     rw.problems.append(problem_at(node, message, hint=hint))
     assert rw.root.mapping is not None
-    rw.root.mapping.pop("input_model", None)
+    model = rw.root.mapping.pop("input_model")
+    model.value = {}
     rw.root.damaged = True
 
 
@@ -229,9 +230,9 @@ def _hub_secret(node: Node) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("model", "type", Custom(_type)),
     Rule("model", "model_path", Custom(_model_path)),
     Rule("model", "adapter_path", Custom(_model_path)),
-    Rule("model", "type", Custom(_type)),
     Rule("model", "hf_config", Custom(_hf_config), V06),
     Rule("model", "model_file_format", Custom(_file_format)),
     Rule("model", "from_pretrained_args", Custom(_load_kwargs)),

@@ -103,6 +103,10 @@ def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             rw.drop(parent, key, why, rule="pass.sibling", warn=True)
         elif key.endswith("data_config") and node.mapping is not None:
             hoist_data_config(rw, Rule(rule.level, key, rule.action), parent, at)
+        elif key == "training_args" and node.value is None:
+            node.value = {}
+        elif key == "training_args":
+            rw.unfold(node, "extra_args")
 
 
 def _bias(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -122,14 +126,6 @@ def _true(node: Node) -> bool:
     return node.value is True
 
 
-def _training_level(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("training_args")
-    assert node is not None and parent.mapping is not None
-    if node.value is None:
-        node.value = {}
-    rw.unfold(node, "extra_args")
-
-
 _TF32 = Drop("TF32 is set in training_args.tf32")
 _MAP = Drop("Coldpress places the weights itself")
 _ORT = "ONNX Runtime training is gone; Transformers' Trainer is used"
@@ -143,7 +139,6 @@ _FAMILY: tuple[tuple[str, Action, Version | None, Callable[[Node], bool] | None]
     ("allow_tf32", _TF32, None, None),
     ("device_map", _MAP, None, None),
     ("ephemeral_gpu_offload", _MAP, None, None),
-    ("training_args", Custom(_training_level), None, lambda node: node.value is None or node.mapping is not None),
 )
 
 

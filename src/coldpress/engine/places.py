@@ -85,7 +85,8 @@ class Places:
         adapter = self.find(adapter_path)
         if adapter is None or not (adapter / "adapter_config.json").is_file():
             raise PlanError(
-                f"input_model.adapter_path: {adapter_path!r} is no adapter folder; looked in {self.looked_in(adapter_path)}"
+                f"input_model.adapter_path: {adapter_path!r} is no adapter folder; "
+                f"looked in {self.looked_in(adapter_path)}"
             )
         return Artifact(path=artifact.path, kind="checkpoint", model=artifact.model, adapter=adapter)
 

@@ -25,7 +25,7 @@ from coldpress.hardware import Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
 
-__all__ = ["Plan", "Step", "make_plan"]
+__all__ = ["Plan", "Step", "check_plan", "input_artifact", "make_plan"]
 
 HASH_FOR_PLAN_BYTES = 256 << 20
 """A plan hashes a model it never saw up to this size; beyond it, the model's steps count as not cached."""
@@ -111,9 +111,7 @@ class _Planner:
         self.refusals.append(self._problem(message, path, hint))
 
     def _problem(self, message: str, path: str, hint: str | None) -> Problem:
-        return Problem(
-            message, path=path, file=str(self.loaded.path or ""), line=self.loaded.line_of(path), hint=hint
-        )
+        return Problem(message, path=path, file=str(self.loaded.path or ""), line=self.loaded.line_of(path), hint=hint)
 
     def plan(self) -> Plan:
         accelerator = self._system()
@@ -355,7 +353,8 @@ class _Planner:
                 continue
             if step.estimate.ram > memory:
                 self.refuse(
-                    f"needs about {step.estimate.ram / 1e9:.1f} GB of memory, and this machine has {memory / 1e9:.1f} GB",
+                    f"needs about {step.estimate.ram / 1e9:.1f} GB of memory, "
+                    f"and this machine has {memory / 1e9:.1f} GB",
                     f"passes.{step.name}",
                     "use a smaller batch, a shorter max_seq_len or gradient_checkpointing",
                 )
@@ -368,7 +367,8 @@ class _Planner:
         free = shutil.disk_usage(existing).free
         if plan.estimate.disk > free:
             self.refuse(
-                f"needs about {plan.estimate.disk / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free on {existing}",
+                f"needs about {plan.estimate.disk / 1e9:.1f} GB of disk, "
+                f"and {free / 1e9:.1f} GB are free on {existing}",
                 "cache_dir",
                 "free some space (`coldpress cache prune`) or set cache_dir elsewhere",
             )
@@ -380,9 +380,7 @@ def _limits(default: Limits | None, asked: ParityLimits) -> Limits | None:
     return Limits(
         kl=default.kl if asked.max_kl is None else asked.max_kl,
         perplexity_increase=(
-            default.perplexity_increase
-            if asked.max_perplexity_increase is None
-            else asked.max_perplexity_increase
+            default.perplexity_increase if asked.max_perplexity_increase is None else asked.max_perplexity_increase
         ),
     )
 
@@ -399,14 +397,8 @@ def check_plan(plan: Plan, *, to_run: bool) -> None:
         raise ConfigError(problems)
 
 
-__all__ += ["check_plan"]
-
-
 def input_artifact(plan: Plan) -> Artifact:
     """The input model of a plan that has one."""
     if plan.model.artifact is None:
         raise PlanError(f"the input model is not here: {plan.model.unknown}")
     return plan.model.artifact
-
-
-__all__ += ["input_artifact"]

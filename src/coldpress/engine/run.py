@@ -14,7 +14,6 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import AzureMLResource, Metric
 from coldpress.data.sources import files_of
 from coldpress.digest import digest_files, digest_value
-from coldpress.engine.places import model_files
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
 from coldpress.engine.result import RunResult, Score, StepResult
 from coldpress.engine.store import Entry, disk_errors, publish, write_json
@@ -46,9 +45,7 @@ _RECORDED_LIBRARIES = (
 )  # fmt: skip
 
 
-def run(
-    loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False
-) -> RunResult:
+def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False) -> RunResult:
     """Run a workflow to its end.
 
     Raises ConfigError before any work when it cannot run, StepError and its kin when a step fails, Interrupted when
@@ -81,7 +78,9 @@ def _download(hub_id: str, revision: str | None) -> None:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ModuleNotFoundError as error:
-        raise PlanError(f"{hub_id} is on the hub, and huggingface_hub is not installed", hint="pip install 'coldpress[cpu]'") from error
+        raise PlanError(
+            f"{hub_id} is on the hub, and huggingface_hub is not installed", hint="pip install 'coldpress[cpu]'"
+        ) from error
     try:
         snapshot_download(
             hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
@@ -151,9 +150,7 @@ class _Session:
         """Start the processes that will be needed, so that their imports run while something else works."""
         missing = [step for step in self.plan.steps if step.key is None or self.plan.store.get(step.key) is None]
         if missing:
-            for torch in {step.needs_torch for step in missing} | {
-                True for step in missing if step.limits is not None
-            }:
+            for torch in {step.needs_torch for step in missing} | {True for step in missing if step.limits is not None}:
                 self._worker(torch)
 
     def _worker(self, torch: bool) -> Worker:
@@ -168,7 +165,9 @@ class _Session:
             worker = Worker(
                 _WORKER_MODULE,
                 preload=tuple(preload),
-                log=self.plan.store.root / "logs" / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
+                log=self.plan.store.root
+                / "logs"
+                / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
                 # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
                 environment={
                     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -181,7 +180,9 @@ class _Session:
             self.workers[torch] = worker
         return worker
 
-    def _perform(self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any) -> dict[str, Any]:
+    def _perform(
+        self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
+    ) -> dict[str, Any]:
         job = Job(
             kind=kind,
             step=step,
@@ -330,7 +331,9 @@ class _Session:
 
     def _metric_identity(self, metric: Metric) -> Any:
         identity = metric.model_dump(mode="json", exclude={"name", "batch_size", "data_config"})
-        config = self.plan.data_configs[metric.data_config] if isinstance(metric.data_config, str) else metric.data_config
+        config = (
+            self.plan.data_configs[metric.data_config] if isinstance(metric.data_config, str) else metric.data_config
+        )
         if isinstance(config.load_dataset_config.data_files, AzureMLResource):
             return identity
         files = files_of(config)
@@ -342,7 +345,10 @@ class _Session:
 
     def _publish(self, entry: Entry | None) -> Path:
         if entry is None:
-            raise PlanError("the workflow has no passes, so there is no model to hand over", hint="add a pass, or use `coldpress check`")
+            raise PlanError(
+                "the workflow has no passes, so there is no model to hand over",
+                hint="add a pass, or use `coldpress check`",
+            )
         output_dir = self.plan.output_dir
         target = output_dir / "model"
         if _already_published(output_dir, entry):
@@ -382,9 +388,7 @@ class _Session:
 
 def _plain(value: Any) -> dict[str, Any]:
     """A result as JSON values: paths as text."""
-    return {
-        name: str(item) if isinstance(item, Path) else item for name, item in dataclasses.asdict(value).items()
-    }
+    return {name: str(item) if isinstance(item, Path) else item for name, item in dataclasses.asdict(value).items()}
 
 
 def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
@@ -461,9 +465,7 @@ def _memory_advice(step: Step) -> str:
     """What to change when the operating system killed a step."""
     estimate = "" if step.estimate is None else f"the plan estimated {step.estimate.ram / 1e9:.2f} GB; "
     if step.type in ("LoRA", "QLoRA"):
-        return estimate + (
-            "lower per_device_train_batch_size or max_seq_len, set gradient_checkpointing, or use QLoRA"
-        )
+        return estimate + ("lower per_device_train_batch_size or max_seq_len, set gradient_checkpointing, or use QLoRA")
     return estimate + "close other programs or use a machine with more memory"
 
 

@@ -68,7 +68,7 @@ def as_store_error(error: OSError, place: Path) -> StoreError:
     if error.errno == errno.ENOSPC:
         return DiskFullError(
             f"no space left on the disk of {place}",
-            hint="free some space (`coldpress cache prune` shows what can go) or set cache_dir and output_dir elsewhere",
+            hint="free some space (`coldpress cache prune`), or set cache_dir and output_dir elsewhere",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StoreError(
@@ -203,7 +203,9 @@ class Store:
         with disk_errors(out):
             artifact.save()
             files = {
-                path.relative_to(out).as_posix(): _manifest_row(path) for path in sorted(out.rglob("*")) if path.is_file()
+                path.relative_to(out).as_posix(): _manifest_row(path)
+                for path in sorted(out.rglob("*"))
+                if path.is_file()
             }
             full = {**record, "key": key, "files": files}
             write_json(out / RECORD_FILE, full)
@@ -293,7 +295,7 @@ def _unchanged(path: Path, row: Mapping[str, Any]) -> bool:
         status = path.stat()
     except OSError:
         return False
-    return status.st_size == row["size"] and status.st_mtime_ns == row["mtime_ns"]
+    return bool(status.st_size == row["size"] and status.st_mtime_ns == row["mtime_ns"])
 
 
 def _sync_tree(folder: Path) -> None:

@@ -30,6 +30,8 @@ from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
 
 __all__ = ["PeakMeter", "main", "perform"]
 
+_STATUS = Path("/proc/self/status")
+
 
 class PeakMeter:
     """Highest resident and anonymous memory of this process while the block runs, in bytes, sampled every 20 ms."""
@@ -59,7 +61,7 @@ class PeakMeter:
 def _resident() -> tuple[int, int]:
     """(resident, of that anonymous) bytes of this process; where the system tells no more, both are the resident."""
     try:
-        with open("/proc/self/status", encoding="ascii") as file:
+        with _STATUS.open(encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["VmRSS"].split()[0]) << 10, int(fields["RssAnon"].split()[0]) << 10
     except (OSError, KeyError, ValueError):

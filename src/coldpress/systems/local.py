@@ -7,6 +7,7 @@ that never imports it. A worker that is told to stop (SIGTERM) may save its work
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -59,11 +60,9 @@ class Worker:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(OSError):  # it is gone: the loop below finds out how
             self._process.stdin.write(json.dumps(job.to_dict()) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it is gone: the loop below finds out how
         for line in self._process.stdout:
             try:
                 answer = json.loads(line)
@@ -82,16 +81,15 @@ class Worker:
         if isinstance(cls, type) and issubclass(cls, ColdpressError) and cls is not errors.ConfigError:
             raised = cls(error["message"], hint=error["hint"])
         else:
-            raised = StepError(
-                f"{error['type']}: {error['message']}", hint=f"the whole story stands in {self.log}"
-            )
+            raised = StepError(f"{error['type']}: {error['message']}", hint=f"the whole story stands in {self.log}")
         return raised
 
     def _killed(self, job: Job, code: int, advice: str) -> ColdpressError:
         tail = self.tail()
         if code == -getattr(signal, "SIGKILL", 9):
             return WorkerKilledError(
-                f"the process of step {job.step} was killed (signal 9), as the operating system does when memory runs out",
+                f"the process of step {job.step} was killed (signal 9), "
+                "as the operating system does when memory runs out",
                 hint=advice,
             )
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -116,10 +114,8 @@ class Worker:
     def close(self) -> None:
         """End an idle worker."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(OSError):  # the pipe broke: the process is gone
                 self._process.stdin.close()
-            except OSError:
-                pass  # the pipe broke because the process is gone
         self._wait(5.0)
         if self.alive:
             self._process.kill()

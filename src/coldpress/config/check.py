@@ -1,0 +1,287 @@
+"""From the tree in today's form to typed values; what does not fit is told in plain words, at its place.
+
+Pydantic finds what is wrong; this module says it. Types are strict: the text "64" is no number, 1 is not true.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from coldpress.config.secrets import looks_secret, masked
+from coldpress.config.tree import Node, join_path, plain, problem_at
+from coldpress.errors import Problem
+from coldpress.registry import nearest
+
+__all__ = ["Checked", "check", "field_names", "shown"]
+
+M = TypeVar("M", bound=BaseModel)
+_Error = Mapping[str, Any]
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "path_type": "a path",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "frozen_set_type": "a list",
+    "none_required": "null",
+    "finite_number": "a finite number",
+}
+"""Pydantic's error type -> what the value must be."""
+
+_NESTING = ("config", "params", "engine")
+
+
+@dataclass
+class Checked:
+    """What came out of a check: the value, or why there is none."""
+
+    problems: list[Problem] = field(default_factory=list)
+    value: Any = None
+
+
+def check(model: type[M], node: Node, *, extra_names: Mapping[str, Sequence[str]] | None = None) -> Checked:
+    """Validate a node as `model`. `extra_names`: older names by today's path below the node, for did-you-mean."""
+    try:
+        return Checked(value=model.model_validate_json(json.dumps(plain(node)), strict=True))
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=True)
+    found = _Finder(model, node, extra_names or {})
+    return Checked(found.problems(errors))
+
+
+@dataclass
+class _Finder:
+    model: type[BaseModel]
+    root: Node
+    extra_names: Mapping[str, Sequence[str]]
+
+    def problems(self, errors: Sequence[_Error]) -> list[Problem]:
+        found: list[Problem] = []
+        unknown = [error for error in errors if error["type"] == "extra_forbidden"]
+        for error in unknown:
+            found.append(self.unknown_key(error))
+        groups: dict[tuple[int, str], list[_Error]] = {}
+        for error in errors:
+            if error["type"] != "extra_forbidden":
+                node, rest, _ = self.locate(error["loc"])
+                key = str(error["loc"][-1]) if error["type"] == "missing" else ""
+                groups.setdefault((id(node), key), []).append(error)
+        branching = self.deeper_branches(groups)
+        for (identity, _), group in groups.items():
+            if identity in branching:
+                continue
+            problem = self.problem(group)
+            if problem is not None:
+                found.append(problem)
+        return found
+
+    def deeper_branches(self, groups: Mapping[tuple[int, str], list[_Error]]) -> set[int]:
+        """Nodes that fit no branch of a union, while one branch got further in: only the further errors are told."""
+        told: set[int] = set()
+        nodes = {identity for identity, _ in groups}
+        for (identity, _), group in groups.items():
+            node, rest, _ = self.locate(group[0]["loc"])
+            if node.mapping is None or any(error["type"] == "missing" for error in group):
+                continue
+            below = {id(item) for item in _descendants(node)}
+            inside = any(key[0] == identity and other[0]["type"] == "missing" for key, other in groups.items())
+            if rest and (below & nodes or inside):
+                told.add(identity)
+        return told
+
+    def locate(self, loc: Sequence[int | str]) -> tuple[Node, tuple[int | str, ...], Node]:
+        """The node that a location reaches, what of the location is no key (names of union branches, missing keys)."""
+        node, rest = self.root, []
+        for step in loc:
+            below: Node | None = None
+            if isinstance(step, int) and node.items is not None and step < len(node.items):
+                below = node.items[step]
+            elif isinstance(step, str) and node.mapping is not None:
+                below = node.mapping.get(step)
+            if below is None:
+                rest.append(step)
+            else:
+                node = below
+        return node, tuple(rest), node
+
+    def unknown_key(self, error: _Error) -> Problem:
+        loc = error["loc"]
+        parent, _, _ = self.locate(loc[:-1])
+        node = parent.get(str(loc[-1])) or parent
+        names = field_names(self.model, loc[:-1])
+        where = ".".join(str(step) for step in loc[:-1] if not isinstance(step, int))
+        known = [*names, *self.extra_names.get(where, ())]
+        close = nearest(str(loc[-1]), [*known, *_NESTING])
+        if close is not None:
+            parent.damaged = True
+        hint = f"did you mean {close}?" if close else f"known here: {', '.join(names)}" if names else None
+        if close in _NESTING and node.mapping is None:
+            hint = f"known here: {', '.join(names)}"
+        return problem_at(node, "unknown key", hint=hint, at_key=True)
+
+    def problem(self, group: Sequence[_Error]) -> Problem | None:
+        error = group[0]
+        node, rest, _ = self.locate(error["loc"])
+        kind = error["type"]
+        if kind == "missing":
+            key = str(error["loc"][-1])
+            if node.damaged:
+                return None
+            path = join_path(node.path, key)
+            return problem_at(node, f"the key {key} is missing", path=path, at_key=True)
+        value = shown(node)
+        if kind == "literal_error" or kind == "enum":
+            return self.not_one_of(group, node)
+        if kind == "union_tag_not_found":
+            return None if node.damaged else problem_at(node, "the key type is missing", at_key=True)
+        if kind == "value_error":
+            return problem_at(node, str(error["ctx"]["error"]))
+        bound = _bound(error)
+        if bound is not None:
+            return problem_at(node, f"must {bound}, got {value}")
+        if kind == "string_pattern_mismatch":
+            return problem_at(node, f"letters, digits and _ only, got {value}", hint=f"pattern {error['ctx']['pattern']}")
+        return self.wrong_type(group, node)
+
+    def not_one_of(self, group: Sequence[_Error], node: Node) -> Problem:
+        """No member of a choice; where other branches take a text, they are told as well."""
+        choices = [choice for error in group for choice in _choices(error)]
+        value = shown(node)
+        close = nearest(str(node.value), choices) if isinstance(node.value, str) else None
+        others = [_KINDS[error["type"]] for error in group if error["type"] in _KINDS]
+        must = " or ".join([*dict.fromkeys(others), f"one of {', '.join(choices)}"]) if choices else "something else"
+        return problem_at(node, f"must be {must}, got {value}", hint=f"did you mean {close}?" if close else None)
+
+    def wrong_type(self, group: Sequence[_Error], node: Node) -> Problem:
+        kinds = list(dict.fromkeys(_KINDS[error["type"]] for error in group if error["type"] in _KINDS))
+        if not kinds:
+            return problem_at(node, f"{group[0]['msg'][:1].lower()}{group[0]['msg'][1:]}, got {shown(node)}")
+        if any(error["type"] in ("literal_error", "enum") for error in group):
+            return self.not_one_of(group, node)
+        message = f"must be {' or '.join(kinds)}, got {shown(node)}"
+        return problem_at(node, message, hint=_type_hint(kinds, node))
+
+
+def _type_hint(kinds: Sequence[str], node: Node) -> str | None:
+    if node.items is not None and not {"a list", "a mapping"} & set(kinds):
+        return "a list of values is a search, which is not built yet; write one value"
+    if isinstance(node.value, str):
+        text = node.value.strip().lower()
+        if "true or false" in kinds and text in ("true", "false", "yes", "no", "on", "off"):
+            return f"write {'true' if text in ('true', 'yes', 'on') else 'false'} without quotes"
+        if kinds[0].endswith("number"):
+            try:
+                float(text)
+            except ValueError:
+                return None
+            return "without quotes"
+    return None
+
+
+def _bound(error: _Error) -> str | None:
+    context = error.get("ctx", {})
+    words = {
+        "greater_than": ("be more than", "gt"),
+        "greater_than_equal": ("be at least", "ge"),
+        "less_than": ("be less than", "lt"),
+        "less_than_equal": ("be at most", "le"),
+        "multiple_of": ("be a multiple of", "multiple_of"),
+    }
+    if error["type"] in words:
+        text, key = words[error["type"]]
+        return f"{text} {context[key]}"
+    if error["type"] in ("too_short", "string_too_short"):
+        return f"have at least {context['min_length']}"
+    if error["type"] in ("too_long", "string_too_long"):
+        return f"have at most {context['max_length']}"
+    return None
+
+
+def _choices(error: _Error) -> list[str]:
+    """The members of a Literal, out of pydantic's text `'a', 'b' or 'c'`."""
+    expected = str(error.get("ctx", {}).get("expected", ""))
+    if error["type"] not in ("literal_error", "enum"):
+        return []
+    return [part.strip().strip("'\"") for part in expected.replace(" or ", ", ").split(", ") if part.strip()]
+
+
+def _descendants(node: Node) -> list[Node]:
+    below = list(node.mapping.values()) if node.mapping is not None else (node.items or [])
+    return [found for item in below for found in (item, *_descendants(item))]
+
+
+def shown(node: Node, limit: int = 60) -> str:
+    """A value for a message: short, and never a secret."""
+    if node.mapping is not None:
+        return "a mapping"
+    if node.items is not None:
+        return "a list"
+    if node.value is None:
+        return "null"
+    if isinstance(node.value, bool):
+        return str(node.value).lower()
+    if isinstance(node.value, str):
+        text = node.value
+        if looks_secret(node.path.rpartition(".")[2], text):
+            return masked(text)
+        return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+    return repr(node.value)
+
+
+def field_names(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys that are known at a location inside a model."""
+    kinds: list[Any] = [model]
+    for step in loc:
+        kinds = _below(kinds, step) or kinds
+    return list(dict.fromkeys(name for kind in _branches(kinds) if _is_model(kind) for name in kind.model_fields))
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _branches(kinds: Sequence[Any]) -> list[Any]:
+    """Unions and annotations taken apart."""
+    found: list[Any] = []
+    for kind in kinds:
+        origin = typing.get_origin(kind)
+        if origin is typing.Annotated:
+            found.extend(_branches([typing.get_args(kind)[0]]))
+        elif origin in (typing.Union, types.UnionType):
+            found.extend(_branches(typing.get_args(kind)))
+        else:
+            found.append(kind)
+    return found
+
+
+def _below(kinds: Sequence[Any], step: int | str) -> list[Any]:
+    found: list[Any] = []
+    for kind in _branches(kinds):
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if _is_model(kind):
+            if step in kind.model_fields:
+                found.append(kind.model_fields[step].annotation)
+        elif origin in (tuple, list) and isinstance(step, int):
+            found.append(arguments[0])
+        elif len(arguments) == 2 and isinstance(step, str) and origin not in (tuple, list):
+            found.append(arguments[1])
+    return found

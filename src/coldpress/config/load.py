@@ -1,0 +1,369 @@
+"""Text to typed values: read, apply overrides, translate the dialect, check everything, report all of it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel
+
+from coldpress.config.check import check
+from coldpress.config.defaults import has_eval_data, host_device, training_defaults
+from coldpress.config.dialects import legacy_names, translate
+from coldpress.config.json_text import parse_json
+from coldpress.config.overrides import apply_overrides
+from coldpress.config.rewriting import Rewrite, Rewriting
+from coldpress.config.rules_passes import TRAINING_PASSES
+from coldpress.config.schema import Frozen, ParityLimits, PassEntry, Workflow
+from coldpress.config.secrets import find_placeholders, find_secrets
+from coldpress.config.training_args import check_training_args
+from coldpress.config.tree import Node, drop_comments, from_plain, join_path, plain, problem_at, walk_lines
+from coldpress.errors import ConfigError, Problem
+from coldpress.registry import nearest
+
+__all__ = ["LoadedConfig", "load_config"]
+
+_ORDER = tuple(Workflow.model_fields)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config that was read without an error."""
+
+    workflow: Workflow
+    path: Path | None
+    """The file; None when the config came as a mapping."""
+    dialect: str
+    """`today`, or the Olive version whose language the file speaks: 0.6, 0.7, 0.8, 0.9."""
+    rewrites: tuple[Rewrite, ...]
+    """Every dialect rule that fired."""
+    warnings: tuple[Problem, ...]
+    """What was dropped although the user may have counted on it."""
+    placeholders: tuple[Problem, ...]
+    """Values that a template left to be filled in."""
+    lines: Mapping[str, int]
+    """Today's path -> line in the file."""
+    document: Mapping[str, Any]
+    """The config in today's language, flat: what `migrate` writes."""
+
+    def line_of(self, path: str) -> int | None:
+        """Line of a path in today's form, or of what is nearest above it. Elements go by number or by name."""
+        keys = path.split(".")
+        data = self.document.get("data_configs")
+        if keys[0] == "data_configs" and len(keys) > 1 and isinstance(data, (list, tuple)):
+            names = [item.get("name") for item in data]
+            if keys[1] in names:
+                keys[1] = str(names.index(keys[1]))
+        for end in range(len(keys), 0, -1):
+            line = self.lines.get(".".join(keys[:end]))
+            if line is not None:
+                return line
+        return None
+
+
+class _Shell(Frozen):
+    """A pass entry but for its own parameters."""
+
+    type: str
+    host: str | None = None
+    evaluator: str | None = None
+    parity: ParityLimits | None = None
+
+
+def load_config(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str] = (), *, passes: Mapping[str, type[BaseModel]]
+) -> LoadedConfig:
+    """Read a config file or mapping. Raises ConfigError with every problem in it.
+
+    `passes` maps the name of each pass to the type of its parameters.
+    """
+    path = None if isinstance(source, Mapping) else Path(source)
+    try:
+        return _load(source, path, overrides, passes)
+    except ConfigError as error:
+        file = "" if path is None else str(path)
+        raise ConfigError(_in_order(error.problems, file)) from error.__cause__
+
+
+def _load(
+    source: Path | str | Mapping[str, Any],
+    path: Path | None,
+    overrides: Sequence[str],
+    passes: Mapping[str, type[BaseModel]],
+) -> LoadedConfig:
+    root, problems = _read(source, path)
+    if root.mapping is None:
+        raise ConfigError([Problem("a config must be a mapping of keys to values", line=root.line)])
+    problems = [*problems, *apply_overrides(root, overrides)]
+    drop_comments(root)
+    problems += find_secrets(root)
+    rw = translate(root, passes)
+    problems += rw.problems
+    checked = _Sections(rw)
+    workflow = checked.workflow()
+    problems += checked.problems
+    if problems or workflow is None:
+        raise ConfigError(problems)
+    file = "" if path is None else str(path)
+    return LoadedConfig(
+        workflow=workflow,
+        path=path,
+        dialect=rw.dialect,
+        rewrites=tuple(rw.rewrites),
+        warnings=_in_order(rw.warnings, file),
+        placeholders=_in_order(find_placeholders(root), file),
+        lines=MappingProxyType(dict(walk_lines(root))),
+        document=MappingProxyType(_sorted(plain(root), _ORDER)),
+    )
+
+
+def _in_order(problems: Sequence[Problem], file: str) -> tuple[Problem, ...]:
+    """In the order of the file, each once, with the file's name."""
+    named = [problem if problem.file else dataclasses.replace(problem, file=file) for problem in problems]
+    unique = list(dict.fromkeys(named))
+    return tuple(sorted(unique, key=lambda item: (item.line is None, item.line or 0, item.column or 0)))
+
+
+def _sorted(document: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    return {key: document[key] for key in sorted(document, key=lambda key: order.index(key) if key in order else 99)}
+
+
+def _read(source: Path | str | Mapping[str, Any], path: Path | None) -> tuple[Node, list[Problem]]:
+    if isinstance(source, Mapping):
+        return from_plain(source, origin="file"), []
+    assert path is not None
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError([Problem("there is no such file", hint=_similar_file(path))]) from error
+    except IsADirectoryError as error:
+        raise ConfigError([Problem("is a folder, not a file", hint=_similar_file(path / "x"))]) from error
+    except OSError as error:
+        raise ConfigError([Problem(f"cannot be read: {error.strerror or error}")]) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        message = "not UTF-8 text" + (": it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "")
+        raise ConfigError([Problem(message, line=line, hint="save the file as UTF-8")]) from error
+    if not text.strip():
+        raise ConfigError([Problem("the file is empty")])
+    if _is_json(path, text):
+        return parse_json(text)
+    from coldpress.config.yaml_text import parse_yaml
+
+    return parse_yaml(text)
+
+
+def _is_json(path: Path, text: str) -> bool:
+    suffix = path.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        return False
+    return suffix == ".json" or text.lstrip()[:1] in ("{", "[")
+
+
+def _similar_file(path: Path) -> str | None:
+    try:
+        names = sorted(item.name for item in path.parent.iterdir() if item.suffix in (".json", ".yaml", ".yml"))
+    except OSError:
+        return f"there is no folder {path.parent} either"
+    close = nearest(path.name, names)
+    if close:
+        return f"did you mean {path.parent / close}?"
+    return f"configs there: {', '.join(names[:8])}" if names else None
+
+
+class _Sections:
+    """The tree in today's form, checked part by part."""
+
+    def __init__(self, rw: Rewriting) -> None:
+        self.rw = rw
+        self.root = rw.root
+        self.problems: list[Problem] = []
+
+    def workflow(self) -> Workflow | None:
+        """The typed workflow; None when there are problems."""
+        passes = self.root.get("passes")
+        if self.root.get("input_model") is None and not self.root.damaged:
+            self.root.damaged = self.has_typo("input_model")
+        rest = Node(dict(self.root.mapping or {}), "", self.root.line, damaged=self.root.damaged)
+        assert rest.mapping is not None
+        rest.mapping.pop("passes", None)
+        checked = check(Workflow, rest, extra_names=_legacy())
+        self.problems += checked.problems
+        entries = self.entries(passes)
+        self.references(entries)
+        if self.problems or checked.value is None:
+            return None
+        workflow: Workflow = checked.value
+        return workflow.model_copy(update={"passes": MappingProxyType(entries)})
+
+    def has_typo(self, name: str) -> bool:
+        """Whether some unknown key at the top may be this one misspelt."""
+        return any(key not in _ORDER and nearest(key, _ORDER) == name for key in self.root.mapping or {})
+
+    def entries(self, passes: Node | None) -> dict[str, PassEntry]:
+        entries: dict[str, PassEntry] = {}
+        if passes is None or passes.value is None:
+            return entries
+        if passes.mapping is None:
+            message = "must be a mapping of names to passes"
+            self.problems.append(problem_at(passes, message))
+            return entries
+        for name, node in passes.mapping.items():
+            entry = self.entry(name, node)
+            if entry is not None:
+                entries[name] = entry
+        return entries
+
+    def entry(self, name: str, node: Node) -> PassEntry | None:
+        if node.mapping is None:
+            self.problems.append(problem_at(node, "must be a mapping with the key type"))
+            return None
+        kind = node.text("type")
+        if kind is None or kind not in self.rw.passes:
+            self.without_type(node)
+            return None
+        model = self.rw.passes[kind]
+        names = set(_Shell.model_fields)
+        shell = _part(node, {key: item for key, item in node.mapping.items() if key in names})
+        own = _part(node, {key: item for key, item in node.mapping.items() if key not in names})
+        legacy = {"": [*sorted(names), *legacy_names(f"pass:{kind}"), *legacy_names("pass")]}
+        first, second = check(_Shell, shell), None
+        self.problems += first.problems
+        arguments = self.training(kind, node, own)
+        second = check(model, own, extra_names=legacy)
+        self.problems += second.problems
+        if first.value is None or second.value is None or not arguments:
+            return None
+        return PassEntry(
+            type=kind,
+            config=second.value,
+            host=first.value.host,
+            evaluator=first.value.evaluator,
+            parity=first.value.parity,
+        )
+
+    def without_type(self, node: Node) -> None:
+        """No type, no known keys: one error. (An unknown type has been reported already, and taken out.)"""
+        given = node.get("type")
+        if given is not None:
+            self.problems.append(problem_at(given, "must be the name of a pass"))
+            return
+        typo = next((key for key in node.mapping or {} if nearest(key, ["type"])), None)
+        passes = ", ".join(self.rw.passes)
+        if typo is not None:
+            child = (node.mapping or {})[typo]
+            self.problems.append(problem_at(child, "unknown key", hint="did you mean type?", at_key=True))
+        else:
+            path = join_path(node.path, "type")
+            self.problems.append(problem_at(node, "the key type is missing", path=path, hint=f"passes: {passes}", at_key=True))
+
+    def training(self, kind: str, node: Node, own: Node) -> bool:
+        """Check the training arguments, then fill in what holds where they are silent; the document stays as it is."""
+        if kind not in TRAINING_PASSES:
+            return True
+        given = node.get("training_args")
+        if given is not None and given.mapping is None:
+            self.problems.append(problem_at(given, "must be a mapping of training arguments"))
+            assert own.mapping is not None
+            own.mapping.pop("training_args")
+            return False
+        values = plain(given) if given is not None else {}
+        device = host_device(self.root, node.text("host"))
+        complete = {**training_defaults(kind, has_eval_data(node), device), **values}
+        found = check_training_args(values, legacy_names("training_args"))
+        if not found:
+            found = [item for item in check_training_args(complete) if item.name in values]
+        for item in found:
+            assert given is not None
+            where = given.get(item.name) or given
+            self.problems.append(problem_at(where, item.message, hint=item.hint, at_key=item.at_key))
+        assert own.mapping is not None
+        place = given or node
+        own.mapping["training_args"] = from_plain({} if found else complete, place.path, place)
+        return not found
+
+    def references(self, entries: Mapping[str, PassEntry]) -> None:
+        """Names of systems, evaluators and data configs that exist nowhere."""
+        systems = self.names("systems")
+        evaluators = self.names("evaluators")
+        data = self.data_names()
+        for parent in (self.root, *self.pass_nodes()):
+            for key in ("host", "target") if parent is self.root else ("host",):
+                self.refers(parent.get(key), systems, "system", "systems")
+            self.refers(parent.get("evaluator"), evaluators, "evaluator", "evaluators")
+            for key, item in (parent.mapping or {}).items():
+                if key.endswith("data_config"):
+                    self.refers(item, data, "data config", "data_configs")
+            self.refers(parent.get("parity", "data_config"), data, "data config", "data_configs")
+        for _, evaluator in (self.mapping("evaluators")).items():
+            metrics = evaluator.get("metrics")
+            for metric in (metrics.items if metrics else None) or []:
+                self.refers(metric.get("data_config"), data, "data config", "data_configs")
+
+    def pass_nodes(self) -> list[Node]:
+        return [node for node in self.mapping("passes").values() if node.text("type") in self.rw.passes]
+
+    def mapping(self, key: str) -> Mapping[str, Node]:
+        node = self.root.get(key)
+        return node.mapping if node is not None and node.mapping is not None else {}
+
+    def names(self, section: str) -> set[str] | None:
+        """What a section defines; None where its definitions could not be read."""
+        node = self.root.get(section)
+        if self.has_typo(section) or (node is not None and node.mapping is None):
+            return None
+        return set(node.mapping) if node is not None and node.mapping is not None else set()
+
+    def data_names(self) -> set[str] | None:
+        node = self.root.get("data_configs")
+        if node is None:
+            return None if self.has_typo("data_configs") else set()
+        if node.items is None or any(item.text("name") is None for item in node.items):
+            return None
+        names: set[str] = set()
+        for item in node.items:
+            name = item.text("name")
+            assert name is not None
+            if name in names:
+                where = item.get("name") or item
+                self.problems.append(problem_at(where, f"two data configs are called {name!r}"))
+            names.add(name)
+        return names
+
+    def refers(self, node: Node | None, known: set[str] | None, what: str, section: str) -> None:
+        if node is None or known is None or not isinstance(node.value, str) or node.value in known:
+            return
+        lost = f"data:{node.value}" if section == "data_configs" else node.value
+        if lost in self.rw.lost:
+            return
+        close = nearest(node.value, known)
+        there = f"{section} has: {', '.join(sorted(known))}" if known else f"{section} is empty"
+        hint = f"did you mean {close}?" if close else there
+        self.problems.append(problem_at(node, f"there is no {what} called {node.value!r}", hint=hint))
+
+
+def _part(node: Node, members: dict[str, Node]) -> Node:
+    part = Node(members, node.path, node.line, node.column, node.key_line, node.key_column, node.origin)
+    part.damaged = node.damaged
+    return part
+
+
+def _legacy() -> dict[str, list[str]]:
+    """Older names by where they stand in today's form, list indices left out."""
+    levels = {
+        "": "workflow",
+        "input_model": "model",
+        "input_model.load_kwargs": "load_kwargs",
+        "data_configs": "data_config",
+        "data_configs.load_dataset_config": "load_dataset",
+        "data_configs.pre_process_data_config": "pre_process",
+    }
+    return {path: sorted(legacy_names(level)) for path, level in levels.items()}
+
+

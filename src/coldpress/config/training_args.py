@@ -1,0 +1,277 @@
+"""The training arguments of Transformers as a table: names, types, allowed values, defaults.
+
+The table stands in `training_args.json`, made from the installed Transformers by `python -m
+coldpress.config.training_args`, so that a check imports no framework. Transformers itself accepts some wrong values
+(`train_sampling_strategy="zzz"`) without a word; here they are errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from coldpress.registry import nearest
+
+__all__ = ["ArgumentProblem", "TrainingArgument", "check_training_args", "generate_table", "training_arguments"]
+
+_FILE = "training_args.json"
+
+_NO_HUB = "nothing is uploaded", "remove it; upload the finished model with the hub's own tools"
+_NO_CLUSTER = "training on several devices is not built yet", "remove it"
+_NO_TRACKER = "no tracking service is used; metrics are written beside the adapter", "remove it"
+_OURS = "checkpoints lie in the cache, the result in the workflow's output_dir", "remove it"
+
+_REFUSED: dict[str, tuple[str, str]] = {
+    "output_dir": _OURS,
+    "resume_from_checkpoint": ("training continues from its own last checkpoint only", "remove it"),
+    **{
+        name: _NO_HUB
+        for name in (
+            "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+            "hub_revision", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
+        )
+    },
+    **{
+        name: _NO_CLUSTER
+        for name in (
+            "deepspeed", "fsdp", "fsdp_config", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap",
+            "parallelism_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+            "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank",
+        )
+    },
+    **{
+        name: _NO_TRACKER
+        for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+    },
+    **{name: ("the pass decides what is run", "remove it") for name in ("do_train", "do_eval", "do_predict")},
+}  # fmt: skip
+"""Arguments that make no sense here, unless they say what happens anyway (their default, null or false): why, what to do."""
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, 1 << 20),
+    "per_device_eval_batch_size": (1, 1 << 20),
+    "gradient_accumulation_steps": (1, 1 << 20),
+    "learning_rate": (0, 100),
+    "num_train_epochs": (0, 1e9),
+    "max_steps": (-1, 1e12),
+    "warmup_steps": (0, 1e12),
+    "weight_decay": (0, 1e6),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, 1),
+    "max_grad_norm": (0, 1e12),
+    "label_smoothing_factor": (0, 1),
+    "logging_steps": (0, 1e12),
+    "eval_steps": (0, 1e12),
+    "save_steps": (0, 1e12),
+    "save_total_limit": (1, 1e9),
+    "seed": (0, (1 << 32) - 1),
+    "data_seed": (0, (1 << 32) - 1),
+    "dataloader_num_workers": (0, 4096),
+    "dataloader_prefetch_factor": (1, 1 << 20),
+    "eval_accumulation_steps": (1, 1e12),
+    "eval_delay": (0, 1e12),
+    "torch_empty_cache_steps": (1, 1e12),
+}
+"""Smallest and largest value that means anything."""
+
+_VALUES: dict[str, tuple[str, ...]] = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
+"""Choices that Transformers names in its help only."""
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list of texts",
+    "dict": "a mapping",
+    "null": "null",
+}
+
+
+@dataclass(frozen=True)
+class TrainingArgument:
+    """One argument: what JSON types it takes, which values, what it is where nobody says."""
+
+    name: str
+    types: tuple[str, ...]
+    values: tuple[str, ...] = ()
+    default: Any = None
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class ArgumentProblem:
+    """What is wrong with one argument."""
+
+    name: str
+    message: str
+    hint: str | None = None
+    at_key: bool = False
+    """Whether the name is wrong rather than the value."""
+
+
+@cache
+def training_arguments() -> Mapping[str, TrainingArgument]:
+    """The table, by name."""
+    raw = json.loads(files("coldpress.config").joinpath(_FILE).read_text(encoding="utf-8"))
+    return {
+        name: TrainingArgument(name, tuple(row["types"]), tuple(row.get("values", ())), row["default"], row["help"])
+        for name, row in raw["arguments"].items()
+    }
+
+
+def check_training_args(args: Mapping[str, Any], legacy: Iterable[str] = ()) -> list[ArgumentProblem]:
+    """Everything wrong with the names and values; `legacy` are older names that may be meant by a misspelt one."""
+    table = training_arguments()
+    problems: list[ArgumentProblem] = []
+    for name, value in args.items():
+        argument = table.get(name)
+        if argument is None:
+            if name in _REFUSED:
+                problems.append(ArgumentProblem(name, *_REFUSED[name], at_key=True))
+                continue
+            close = nearest(name, [*table, *legacy])
+            hint = f"did you mean {close}?" if close else "Transformers has no such training argument"
+            problems.append(ArgumentProblem(name, "unknown training argument", hint, at_key=True))
+        elif name in _REFUSED and value not in (None, False, "", argument.default):
+            problems.append(ArgumentProblem(name, *_REFUSED[name], at_key=True))
+        else:
+            problem = _report_to(value) if name == "report_to" else _check_value(argument, value)
+            problems.extend([problem] if problem else [])
+    if not problems:
+        problems.extend(_check_together(args))
+    return problems
+
+
+def _report_to(value: Any) -> ArgumentProblem | None:
+    if value in (None, "none", [], ["none"]):
+        return None
+    return ArgumentProblem("report_to", f"must be none, got {value!r}: {_NO_TRACKER[0]}", "write none")
+
+
+def _check_value(argument: TrainingArgument, value: Any) -> ArgumentProblem | None:
+    name = argument.name
+    kind = _json_type(value)
+    accepted = {*argument.types, *(("int",) if "float" in argument.types else ())}
+    if "float" in accepted or "int" in accepted:
+        accepted.discard("str")
+    if argument.values and isinstance(value, str):
+        if value in argument.values:
+            return None
+        close = nearest(value, argument.values)
+        shown = ", ".join(argument.values) if len(argument.values) <= 12 else f"{len(argument.values)} values"
+        hint = f"did you mean {close}?" if close else f"one of: {', '.join(argument.values)}"
+        return ArgumentProblem(name, f"{value!r} is not one of {shown}", hint)
+    if kind not in accepted:
+        words = " or ".join(_WORDS[item] for item in argument.types if item != "null" and item in accepted)
+        if argument.values:
+            words = f"one of {', '.join(argument.values)}"
+        return ArgumentProblem(name, f"must be {words}, got {_shown(value)}")
+    if name in _BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = _BOUNDS[name]
+        if not low <= value <= high:
+            return ArgumentProblem(name, f"must be from {low:g} to {high:g}, got {value}")
+    if name == "max_steps" and value == 0:
+        return ArgumentProblem(name, "must be a positive number of steps, or -1 to count epochs, got 0")
+    return None
+
+
+def _check_together(args: Mapping[str, Any]) -> list[ArgumentProblem]:
+    """What Transformers would refuse, or silently decide, once the model is loaded."""
+    problems = []
+    if args.get("bf16") and args.get("fp16"):
+        problems.append(ArgumentProblem("fp16", "bf16 and fp16 exclude each other", "keep one"))
+    if args.get("load_best_model_at_end"):
+        pair = args.get("eval_strategy", "no"), args.get("save_strategy", "steps")
+        if pair[1] != "best" and pair[0] != pair[1]:
+            message = f"needs eval_strategy ({pair[0]}) and save_strategy ({pair[1]}) to be the same"
+            problems.append(ArgumentProblem("load_best_model_at_end", message))
+    return problems
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    for kind, name in ((bool, "bool"), (int, "int"), (float, "float"), (str, "str"), (list, "list")):
+        if isinstance(value, kind):
+            return name
+    return "dict"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "null" if value is None else f"the text {value!r}" if isinstance(value, str) else repr(value)
+
+
+def generate_table() -> dict[str, Any]:
+    """The table of the installed Transformers."""
+    import dataclasses
+
+    import transformers
+
+    rows: dict[str, Any] = {}
+    for item in dataclasses.fields(transformers.TrainingArguments):
+        if item.init:
+            rows[item.name] = _row(item)
+    return {"transformers": transformers.__version__, "arguments": rows}
+
+
+def _row(item: Any) -> dict[str, Any]:
+    import dataclasses
+    import enum
+    import typing
+
+    types: set[str] = set()
+    values: list[str] = []
+    open_list = [item.type]
+    names = {int: "int", float: "float", bool: "bool", str: "str", type(None): "null", dict: "dict", list: "list"}
+    while open_list:
+        kind = open_list.pop()
+        origin = typing.get_origin(kind)
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            values.extend(str(member.value) for member in kind)
+            types.add("str")
+        elif kind in names:
+            types.add(names[kind])
+        elif kind is None:
+            types.add("null")
+        elif origin in (dict, list):
+            types.add(names[origin])
+            element = typing.get_args(kind)[-1]
+            if isinstance(element, type) and issubclass(element, enum.Enum):
+                values.extend(str(member.value) for member in element)
+        elif origin is typing.Literal:
+            types.add("bool")
+        elif typing.get_args(kind):
+            open_list.extend(typing.get_args(kind))
+        else:
+            types.add("dict")
+    default = item.default
+    if default is dataclasses.MISSING:
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
+    default = default.value if isinstance(default, enum.Enum) else default
+    row: dict[str, Any] = {"types": sorted(types), "default": default, "help": " ".join(item.metadata.get("help", "").split())}
+    choices = item.metadata.get("choices") or _VALUES.get(item.name) or values
+    if choices:
+        row["values"] = sorted({str(getattr(choice, "value", choice)) for choice in choices})
+    return row
+
+
+def main() -> None:
+    """Write the table beside this file."""
+    from pathlib import Path
+
+    target = Path(__file__).with_name(_FILE)
+    target.write_text(json.dumps(generate_table(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

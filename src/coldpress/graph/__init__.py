@@ -1,0 +1,1 @@
+"""The ONNX side: architecture to graph, tensors streamed."""

@@ -1,0 +1,1 @@
+"""Contract suites and tiny models for tests, also for plug-ins."""
