@@ -5,6 +5,7 @@ Pydantic finds what is wrong; this module says it. Types are strict: the text "6
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 import typing
@@ -19,7 +20,7 @@ from coldpress.config.tree import Node, join_path, plain, problem_at
 from coldpress.errors import Problem
 from coldpress.registry import nearest
 
-__all__ = ["Checked", "check", "field_names", "shown"]
+__all__ = ["Checked", "check", "field_names", "shown", "takes_list"]
 
 M = TypeVar("M", bound=BaseModel)
 _Error = Mapping[str, Any]
@@ -46,6 +47,9 @@ _KINDS = {
     "finite_number": "a finite number",
 }
 """Pydantic's error type -> what the value must be."""
+
+_MANY = 4
+"""More unknown keys than this in one mapping are one problem."""
 
 _NESTING = ("config", "params", "engine")
 
@@ -77,8 +81,7 @@ class _Finder:
     def problems(self, errors: Sequence[_Error]) -> list[Problem]:
         found: list[Problem] = []
         unknown = [error for error in errors if error["type"] == "extra_forbidden"]
-        for error in unknown:
-            found.append(self.unknown_key(error))
+        found.extend(self.unknown_keys(unknown))
         groups: dict[tuple[int, str], list[_Error]] = {}
         for error in errors:
             if error["type"] != "extra_forbidden":
@@ -122,6 +125,23 @@ class _Finder:
             else:
                 node = below
         return node, tuple(rest), node
+
+    def unknown_keys(self, errors: Sequence[_Error]) -> list[Problem]:
+        """One problem a key; one for all where a whole mapping seems to stand in the wrong place."""
+        found: list[Problem] = []
+        by_parent: dict[int, list[Problem]] = {}
+        for error in errors:
+            parent, _, _ = self.locate(error["loc"][:-1])
+            by_parent.setdefault(id(parent), []).append(self.unknown_key(error))
+        for problems in by_parent.values():
+            lost = [problem for problem in problems if not (problem.hint or "").startswith("did you mean")]
+            if len(lost) <= _MANY:
+                found.extend(problems)
+                continue
+            names = ", ".join(problem.path.rpartition(".")[2] for problem in lost)
+            found.extend(problem for problem in problems if problem not in lost)
+            found.append(dataclasses.replace(lost[0], path=lost[0].path.rpartition(".")[0], message=f"unknown keys: {names}"))
+        return found
 
     def unknown_key(self, error: _Error) -> Problem:
         loc = error["loc"]
@@ -182,8 +202,6 @@ class _Finder:
 
 
 def _type_hint(kinds: Sequence[str], node: Node) -> str | None:
-    if node.items is not None and not {"a list", "a mapping"} & set(kinds):
-        return "a list of values is a search, which is not built yet; write one value"
     if isinstance(node.value, str):
         text = node.value.strip().lower()
         if "true or false" in kinds and text in ("true", "false", "yes", "no", "on", "off"):
@@ -253,6 +271,14 @@ def field_names(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     for step in loc:
         kinds = _below(kinds, step) or kinds
     return list(dict.fromkeys(name for kind in _branches(kinds) if _is_model(kind) for name in kind.model_fields))
+
+
+def takes_list(model: type[BaseModel], key: str) -> bool:
+    """Whether a field may hold a list; true for a key that the model does not know."""
+    if key not in model.model_fields:
+        return True
+    kinds = _branches([model.model_fields[key].annotation])
+    return any(kind is Any or (typing.get_origin(kind) or kind) in (list, tuple, set, frozenset) for kind in kinds)
 
 
 def _is_model(kind: Any) -> bool:

@@ -120,8 +120,8 @@ def _mend_training(rw: Rewriting, entry: Node, kind: str, device: str) -> None:
     if arguments is None or arguments.mapping is None:
         return
     optim, strategy = arguments.get("optim"), arguments.get("eval_strategy")
-    if optim is not None and device == "cpu" and optim.value in _PAGED:
-        better = _PAGED[str(optim.value)]
+    if optim is not None and device == "cpu" and isinstance(optim.value, str) and optim.value in _PAGED:
+        better = _PAGED[optim.value]
         message = f"{optim.value} needs a GPU; {better}, the same arithmetic, is used on the CPU"
         rw.warnings.append(problem_at(optim, message))
         optim.value = better

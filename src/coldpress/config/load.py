@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 from coldpress.config.check import check
 from coldpress.config.defaults import has_eval_data, host_device, training_defaults
 from coldpress.config.dialects import legacy_names, translate
+from coldpress.config.document import in_schema_order
 from coldpress.config.json_text import parse_json
 from coldpress.config.overrides import apply_overrides
 from coldpress.config.rewriting import Rewrite, Rewriting
@@ -116,8 +116,8 @@ def _load(
         rewrites=tuple(rw.rewrites),
         warnings=_in_order(rw.warnings, file),
         placeholders=_in_order(find_placeholders(root), file),
-        lines=MappingProxyType(dict(walk_lines(root))),
-        document=MappingProxyType(_sorted(plain(root), _ORDER)),
+        lines=dict(walk_lines(root)),
+        document=in_schema_order(plain(root), passes),
     )
 
 
@@ -126,10 +126,6 @@ def _in_order(problems: Sequence[Problem], file: str) -> tuple[Problem, ...]:
     named = [problem if problem.file else dataclasses.replace(problem, file=file) for problem in problems]
     unique = list(dict.fromkeys(named))
     return tuple(sorted(unique, key=lambda item: (item.line is None, item.line or 0, item.column or 0)))
-
-
-def _sorted(document: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    return {key: document[key] for key in sorted(document, key=lambda key: order.index(key) if key in order else 99)}
 
 
 def _read(source: Path | str | Mapping[str, Any], path: Path | None) -> tuple[Node, list[Problem]]:
@@ -200,7 +196,7 @@ class _Sections:
         if self.problems or checked.value is None:
             return None
         workflow: Workflow = checked.value
-        return workflow.model_copy(update={"passes": MappingProxyType(entries)})
+        return workflow.model_copy(update={"passes": entries})
 
     def has_typo(self, name: str) -> bool:
         """Whether some unknown key at the top may be this one misspelt."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pydantic import BaseModel
+
+from coldpress.config.check import takes_list
 from coldpress.config.olive_passes import OLIVE_PASSES, RENAMED_PASSES
 from coldpress.config.rewriting import Action, Custom, Drop, Refuse, Rename, Rewriting, Rule, Version
 from coldpress.config.rules_data import hoist_data_config
@@ -94,7 +97,7 @@ def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         node = parent.mapping[key]
         if node.value == "DEFAULT_VALUE" and key not in ("type", "host", "evaluator"):
             rw.drop(parent, key, "the default", rule="pass.DEFAULT_VALUE")
-        elif node.value == "SEARCHABLE_VALUES":
+        elif node.value == "SEARCHABLE_VALUES" or _list_of_values(node, key, rw.passes.get(kind or "")):
             rw.searched.append(node)
             del parent.mapping[key]
             parent.damaged = True
@@ -107,6 +110,11 @@ def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             node.value = {}
         elif key == "training_args":
             rw.unfold(node, "extra_args")
+
+
+def _list_of_values(node: Node, key: str, model: type[BaseModel] | None) -> bool:
+    """Olive's list of candidates, where the parameter itself takes one plain value."""
+    return model is not None and node.items is not None and key != "training_args" and not takes_list(model, key)
 
 
 def _bias(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from coldpress.registry import nearest
 
-__all__ = ["ArgumentProblem", "TrainingArgument", "check_training_args", "generate_table", "training_arguments"]
+__all__ = ["ArgumentProblem", "TrainingArgument", "check_training_args", "generate_table", "refused_arguments", "training_arguments"]
 
 _FILE = "training_args.json"
 
@@ -123,6 +123,11 @@ def training_arguments() -> Mapping[str, TrainingArgument]:
         name: TrainingArgument(name, tuple(row["types"]), tuple(row.get("values", ())), row["default"], row["help"])
         for name, row in raw["arguments"].items()
     }
+
+
+def refused_arguments() -> frozenset[str]:
+    """Names that Transformers knows and a workflow has no use for."""
+    return frozenset(_REFUSED)
 
 
 def check_training_args(args: Mapping[str, Any], legacy: Iterable[str] = ()) -> list[ArgumentProblem]:

@@ -1,0 +1,45 @@
+"""Write docs/passes.md from the passes' own Config fields: `python docs/make_passes.py`. A test holds them together."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from coldpress.registry import PASSES
+
+__all__ = ["page"]
+
+TARGET = Path(__file__).with_name("passes.md")
+
+
+def _type(annotation: object) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    for prefix in ("typing.", "collections.abc.", "coldpress.config.schema."):
+        text = text.replace(prefix, "")
+    return text.replace("|", "\\|")
+
+
+def page() -> str:
+    lines = [
+        "# Passes",
+        "",
+        "Made from the code by `python docs/make_passes.py`. A parameter stands under the pass in the workflow, beside `type`;",
+        "`host`, `evaluator` and `parity` may stand there as well (see [config.md](config.md)).",
+    ]
+    for name in PASSES:
+        cls = PASSES[name]
+        lines += ["", f"## {name}", "", inspect.getdoc(cls) or "", "", "| parameter | type | default | |", "| --- | --- | --- | --- |"]
+        for key, field in cls.Config.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            shown = "required" if default is PydanticUndefined else f"`{default}`"
+            help_text = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{key}` | {_type(field.annotation)} | {shown} | {help_text} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
+    sys.stdout.write(f"{TARGET} written\n")

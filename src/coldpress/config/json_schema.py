@@ -1,0 +1,92 @@
+"""The config language as JSON Schema (draft 2020-12): editors complete and check configs with it.
+
+Today's flat form. A file in an older dialect is better checked with `coldpress check`, which knows the old names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+
+from coldpress.config.rules_passes import TRAINING_PASSES
+from coldpress.config.schema import PassEntry, Workflow
+from coldpress.config.training_args import TrainingArgument, refused_arguments, training_arguments
+
+__all__ = ["workflow_json_schema"]
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_REMARKS = {"^//": {}, "^_comment": {}, "^\\$comment$": {}}
+_TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
+
+
+def workflow_json_schema(passes: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """One schema for a whole file; `passes` maps the name of each pass to the type of its parameters."""
+    schema = Workflow.model_json_schema(schema_generator=GenerateJsonSchema)
+    definitions: dict[str, Any] = schema.setdefault("$defs", {})
+    for name in ("PassEntry", "Frozen"):
+        definitions.pop(name, None)
+    variants = []
+    for name, model in passes.items():
+        definitions[f"pass.{name}"] = _pass_schema(name, model, definitions)
+        variants.append({"$ref": f"#/$defs/pass.{name}"})
+    schema["properties"]["passes"]["additionalProperties"] = {
+        "type": "object",
+        "required": ["type"],
+        "properties": {"type": {"enum": list(passes)}},
+        "oneOf": variants,
+    }
+    definitions["training_args"] = _training_schema()
+    schema["properties"]["$schema"] = {"type": "string", "description": "Where this schema lies; for editors."}
+    for part in (schema, *definitions.values()):
+        if part.get("additionalProperties") is False:
+            part["patternProperties"] = _REMARKS
+    return {"$schema": _DIALECT, "title": "Coldpress workflow", **{k: v for k, v in schema.items() if k != "title"}}
+
+
+def _pass_schema(name: str, model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A pass's own parameters beside `type`, `host`, `evaluator` and `parity`, as they stand in a flat file."""
+    own = model.model_json_schema()
+    for key, value in own.pop("$defs", {}).items():
+        definitions.setdefault(key, value)
+    entry = PassEntry.model_json_schema()
+    shared = {key: entry["properties"][key] for key in ("host", "evaluator", "parity")}
+    own["title"] = name
+    kind = {"const": name, "description": entry["properties"]["type"]["description"]}
+    own["properties"] = {"type": kind, **own.get("properties", {}), **shared}
+    own["required"] = ["type", *own.get("required", [])]
+    own["additionalProperties"] = False
+    if name in TRAINING_PASSES and "training_args" in own["properties"]:
+        described = own["properties"]["training_args"].get("description", "")
+        own["properties"]["training_args"] = {"$ref": "#/$defs/training_args", "description": described}
+    return own
+
+
+def _training_schema() -> dict[str, Any]:
+    refused = refused_arguments()
+    properties = {name: _argument(row) for name, row in training_arguments().items() if name not in refused}
+    properties["report_to"] = {"enum": ["none", None], "description": properties["report_to"].get("description", "")}
+    return {
+        "type": ["object", "null"],
+        "properties": properties,
+        "additionalProperties": False,
+        "description": "Training arguments of Transformers.",
+    }
+
+
+def _argument(row: TrainingArgument) -> dict[str, Any]:
+    kinds = [kind for kind in row.types if not (kind == "str" and {"int", "float"} & set(row.types))]
+    schema: dict[str, Any] = {"description": row.help} if row.help else {}
+    if row.values:
+        choices: list[Any] = [*row.values]
+        choices += [value for kind, value in (("bool", True), ("bool", False), ("null", None)) if kind in kinds]
+        one: dict[str, Any] = {"enum": choices}
+        if "list" in kinds:
+            one = {"anyOf": [one, {"type": "array", "items": {"enum": list(row.values)}}]}
+        schema.update(one)
+    else:
+        schema["type"] = [_TYPES[kind] for kind in kinds if kind != "null"] + (["null"] if "null" in kinds else [])
+    schema["default"] = row.default
+    return schema

@@ -1,0 +1,125 @@
+"""Hugging Face causal language models from local folders, for training and for evaluation.
+
+4-bit bases (bitsandbytes): on CPUs with AVX512-BF16 a `Linear4bit` in eval mode repacks its weights in place, which drops
+the double quantization and leaves garbage for whoever dequantizes them later. Every layer is therefore told that
+the CPU lacks the instructions; the result is the same in eval and in train mode, and no kernel is fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coldpress.artifacts.base import BaseQuantization, read_json
+from coldpress.artifacts.tensors import TensorSet
+from coldpress.errors import CheckpointError, UnsupportedModelError
+from coldpress.nn import imports
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["four_bit_layers", "load_adapter", "load_model"]
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: BaseQuantization | None = None,
+    skip_quantization: tuple[str, ...] = ("lm_head",),
+    device_map: str | Mapping[str, Any] | None = None,
+) -> Any:
+    """A causal language model; `dtype` is float32, float16, bfloat16, or auto for the stored one.
+
+    Raises CheckpointError for missing, damaged or incomplete weights and UnsupportedModelError for an unknown type.
+    """
+    with TensorSet.open(folder):  # a damaged or cut file is named here, before a library fails inside
+        pass
+    config = read_json(folder / "config.json")
+    if "auto_map" in config and not trust_remote_code and not _known_type(config):
+        raise UnsupportedModelError(
+            f"{folder} needs the checkpoint's own Python code", hint="read it, then run with --trust-remote-code"
+        )
+    if quantization is not None:
+        imports.load_bitsandbytes()
+    else:
+        imports.load_inference()
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = _four_bit(quantization, skip_quantization)
+        device_map = device_map or {"": "cpu"}
+    if device_map is not None:
+        options["device_map"] = device_map
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not _known_type(config) and not trust_remote_code:
+            raise UnsupportedModelError(
+                f"the installed Transformers does not know the model type {config.get('model_type')!r}",
+                hint="upgrade transformers",
+            ) from error
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights of the model, the first: {missing[0]}",
+            hint="Transformers would fill them with random numbers; is the download complete?",
+        )
+    if quantization is not None:
+        for layer in four_bit_layers(model).values():
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_adapter(model: Any, adapter: Path) -> Any:
+    """Put a trained PEFT adapter on a model, for evaluation; raises CheckpointError."""
+    imports.load_training()
+    from peft import PeftModel
+
+    with TensorSet.open(adapter / "adapter_model.safetensors"):
+        pass
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the adapter {adapter} does not fit the model: {error}") from error
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The bitsandbytes 4-bit layers of a model, by module name."""
+    import bitsandbytes
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+
+
+def _known_type(config: Mapping[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _four_bit(quantization: BaseQuantization, skip: tuple[str, ...]) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
+        llm_int8_skip_modules=list(skip),
+    )

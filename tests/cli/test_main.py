@@ -1,0 +1,96 @@
+"""The command as a user meets it: help, wrong names, exit codes, one clear message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coldpress.cli.doctor import findings
+from coldpress.cli.text import duration, size, table
+from coldpress.hardware import Gpu, detect
+
+
+def coldpress(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "coldpress", *arguments], capture_output=True, text=True, cwd=cwd, input=stdin, check=False
+    )
+
+
+def test_help_lists_every_verb() -> None:
+    done = coldpress("--help")
+    assert done.returncode == 0
+    for verb in ("run", "check", "plan", "migrate", "schema", "data", "finetune", "build", "generate", "chat", "cache"):
+        assert f"\n  {verb}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "verb", ["run", "check", "plan", "migrate", "schema", "data", "finetune", "build", "generate", "chat", "cache", "doctor"]
+)
+def test_every_verb_has_help(verb: str) -> None:
+    done = coldpress(verb, "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+
+
+def test_a_wrong_verb_gets_the_nearest_right_one() -> None:
+    done = coldpress("chek", "x.json")
+    assert done.returncode == 2
+    assert "did you mean check?" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "plan"])
+def test_a_missing_file_is_one_clear_message(verb: str, tmp_path: Path) -> None:
+    done = coldpress(verb, str(tmp_path / "none.json"))
+    assert done.returncode == 2
+    assert "none.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_file_at_all() -> None:
+    done = coldpress("run")
+    assert done.returncode == 2
+    assert "no config file is given" in done.stderr
+
+
+def test_schema_is_json() -> None:
+    done = coldpress("schema")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["$schema"].startswith("https://json-schema.org/")
+
+
+def test_doctor_tells_what_is_here() -> None:
+    report = json.loads(coldpress("doctor", "--json").stdout)
+    assert report["hardware"]["cores"] >= 1
+    assert report["versions"]["numpy"]
+
+
+def test_doctor_knows_bad_combinations() -> None:
+    versions = dict.fromkeys(
+        ("torch", "transformers", "peft", "datasets", "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml",
+         "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"), "5.0"
+    )  # fmt: skip
+    versions |= {"onnxruntime-directml": None, "onnxruntime-genai-cuda": None, "onnxruntime-genai-directml": None}
+    found = [problem for problem, _ in findings(detect(), versions)]
+    assert any("onnxruntime and onnxruntime-gpu are installed together" in problem for problem in found)
+    versions["onnxruntime-gpu"] = None
+    assert not [problem for problem, _ in findings(detect(), versions) if "together" in problem]
+    import dataclasses
+
+    with_gpu = dataclasses.replace(detect(), gpus=(Gpu("a GPU", 8 << 30),))
+    assert any("cannot use it" in problem for problem, _ in findings(with_gpu, versions))
+
+
+def test_cache_names_the_folder_that_is_not_there(tmp_path: Path) -> None:
+    done = coldpress("cache", "ls", cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path / ".coldpress-cache") in done.stderr
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert [size(0), size(1500), size(2.5e6), size(7.6e9), size(None)] == ["0 B", "1.5 kB", "2.5 MB", "7.6 GB", "?"]
+    assert [duration(0.44), duration(12.3), duration(185), duration(7800)] == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
+    assert table(["a", "n"], [["x", "10"], ["yy", "7"]], right=(1,)).splitlines()[1:] == ["x   10", "yy   7"]
