@@ -130,8 +130,9 @@ def _show(made: Any) -> None:
         click.echo(f"data    {name}: {config.load_dataset_config.data_files or config.load_dataset_config.data_name}")
     click.echo(f"cache   {made.store.root}\noutput  {made.output_dir}\n")
     rows = [_row(step) for step in made.steps]
-    total = made.estimate
-    rows.append(["total", "", "", size(total.ram), size(total.vram), size(total.disk), duration(total.seconds)])
+    if all(step.estimate is not None or step.cached for step in made.steps):
+        total = made.estimate
+        rows.append(["total", "", "", size(total.ram), size(total.vram), size(total.disk), duration(total.seconds)])
     click.echo(table(["step", "pass", "state", "RAM", "VRAM", "disk", "time"], rows, right=(3, 4, 5, 6)))
     click.echo("(RAM: highest anonymous memory of the step's process; all figures are estimates)")
     for step in made.steps:

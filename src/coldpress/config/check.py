@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from coldpress.config.schema import MEMORY
 from coldpress.config.secrets import looks_secret, masked
 from coldpress.config.tree import Node, join_path, plain, problem_at
 from coldpress.errors import Problem
 from coldpress.registry import nearest
 
-__all__ = ["Checked", "check", "field_names", "shown", "takes_list"]
+__all__ = ["Checked", "check", "field_names", "shown", "takes_list", "without_type"]
 
 M = TypeVar("M", bound=BaseModel)
 _Error = Mapping[str, Any]
@@ -48,8 +49,16 @@ _KINDS = {
 }
 """Pydantic's error type -> what the value must be."""
 
+_PATTERNS = {
+    MEMORY: "be a size such as 8GB",
+    r"^[A-Za-z0-9_]+$": "have letters, digits and _ only",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "have letters, digits, dots, _ and - only",
+}
 _MANY = 4
 """More unknown keys than this in one mapping are one problem."""
+
+_SHOWN = 16
+"""Names that a hint lists at most."""
 
 _NESTING = ("config", "params", "engine")
 
@@ -85,12 +94,12 @@ class _Finder:
         groups: dict[tuple[int, str], list[_Error]] = {}
         for error in errors:
             if error["type"] != "extra_forbidden":
-                node, rest, _ = self.locate(error["loc"])
+                node, _ = self.locate(error["loc"])
                 key = str(error["loc"][-1]) if error["type"] == "missing" else ""
                 groups.setdefault((id(node), key), []).append(error)
         branching = self.deeper_branches(groups)
-        for (identity, _), group in groups.items():
-            if identity in branching:
+        for (identity, missing), group in groups.items():
+            if identity in branching and not missing:
                 continue
             problem = self.problem(group)
             if problem is not None:
@@ -98,20 +107,19 @@ class _Finder:
         return found
 
     def deeper_branches(self, groups: Mapping[tuple[int, str], list[_Error]]) -> set[int]:
-        """Nodes that fit no branch of a union, while one branch got further in: only the further errors are told."""
+        """Nodes that fit no branch of a union while one branch got further in: only the further errors are told."""
         told: set[int] = set()
         nodes = {identity for identity, _ in groups}
-        for (identity, _), group in groups.items():
-            node, rest, _ = self.locate(group[0]["loc"])
-            if node.mapping is None or any(error["type"] == "missing" for error in group):
+        for (identity, missing), group in groups.items():
+            node, rest = self.locate(group[0]["loc"])
+            if missing or not rest:
                 continue
             below = {id(item) for item in _descendants(node)}
-            inside = any(key[0] == identity and other[0]["type"] == "missing" for key, other in groups.items())
-            if rest and (below & nodes or inside):
+            if below & nodes or any(other == identity and key for other, key in groups):
                 told.add(identity)
         return told
 
-    def locate(self, loc: Sequence[int | str]) -> tuple[Node, tuple[int | str, ...], Node]:
+    def locate(self, loc: Sequence[int | str]) -> tuple[Node, tuple[int | str, ...]]:
         """The node that a location reaches, what of the location is no key (names of union branches, missing keys)."""
         node, rest = self.root, []
         for step in loc:
@@ -124,14 +132,14 @@ class _Finder:
                 rest.append(step)
             else:
                 node = below
-        return node, tuple(rest), node
+        return node, tuple(rest)
 
     def unknown_keys(self, errors: Sequence[_Error]) -> list[Problem]:
         """One problem a key; one for all where a whole mapping seems to stand in the wrong place."""
         found: list[Problem] = []
         by_parent: dict[int, list[Problem]] = {}
         for error in errors:
-            parent, _, _ = self.locate(error["loc"][:-1])
+            parent, _ = self.locate(error["loc"][:-1])
             by_parent.setdefault(id(parent), []).append(self.unknown_key(error))
         for problems in by_parent.values():
             lost = [problem for problem in problems if not (problem.hint or "").startswith("did you mean")]
@@ -140,12 +148,14 @@ class _Finder:
                 continue
             names = ", ".join(problem.path.rpartition(".")[2] for problem in lost)
             found.extend(problem for problem in problems if problem not in lost)
-            found.append(dataclasses.replace(lost[0], path=lost[0].path.rpartition(".")[0], message=f"unknown keys: {names}"))
+            found.append(
+                dataclasses.replace(lost[0], path=lost[0].path.rpartition(".")[0], message=f"unknown keys: {names}")
+            )
         return found
 
     def unknown_key(self, error: _Error) -> Problem:
         loc = error["loc"]
-        parent, _, _ = self.locate(loc[:-1])
+        parent, _ = self.locate(loc[:-1])
         node = parent.get(str(loc[-1])) or parent
         names = field_names(self.model, loc[:-1])
         where = ".".join(str(step) for step in loc[:-1] if not isinstance(step, int))
@@ -153,14 +163,13 @@ class _Finder:
         close = nearest(str(loc[-1]), [*known, *_NESTING])
         if close is not None:
             parent.damaged = True
-        hint = f"did you mean {close}?" if close else f"known here: {', '.join(names)}" if names else None
-        if close in _NESTING and node.mapping is None:
-            hint = f"known here: {', '.join(names)}"
+        there = f"known here: {', '.join(names)}" if 0 < len(names) <= _SHOWN else None
+        hint = there if close is None or (close in _NESTING and node.mapping is None) else f"did you mean {close}?"
         return problem_at(node, "unknown key", hint=hint, at_key=True)
 
     def problem(self, group: Sequence[_Error]) -> Problem | None:
         error = group[0]
-        node, rest, _ = self.locate(error["loc"])
+        node, _ = self.locate(error["loc"])
         kind = error["type"]
         if kind == "missing":
             key = str(error["loc"][-1])
@@ -172,14 +181,17 @@ class _Finder:
         if kind == "literal_error" or kind == "enum":
             return self.not_one_of(group, node)
         if kind == "union_tag_not_found":
-            return None if node.damaged else problem_at(node, "the key type is missing", at_key=True)
+            return None if node.damaged else without_type(node)
         if kind == "value_error":
             return problem_at(node, str(error["ctx"]["error"]))
+        if kind == "too_short" and len(node.items or ()) >= error["ctx"]["min_length"]:
+            return None  # its elements are wrong, and told
         bound = _bound(error)
         if bound is not None:
-            return problem_at(node, f"must {bound}, got {value}")
+            return problem_at(node, f"must {bound}" + ("" if bound == "not be empty" else f", got {value}"))
         if kind == "string_pattern_mismatch":
-            return problem_at(node, f"letters, digits and _ only, got {value}", hint=f"pattern {error['ctx']['pattern']}")
+            words = _PATTERNS.get(error["ctx"]["pattern"], f"match {error['ctx']['pattern']}")
+            return problem_at(node, f"must {words}, got {value}")
         return self.wrong_type(group, node)
 
     def not_one_of(self, group: Sequence[_Error], node: Node) -> Problem:
@@ -188,7 +200,8 @@ class _Finder:
         value = shown(node)
         close = nearest(str(node.value), choices) if isinstance(node.value, str) else None
         others = [_KINDS[error["type"]] for error in group if error["type"] in _KINDS]
-        must = " or ".join([*dict.fromkeys(others), f"one of {', '.join(choices)}"]) if choices else "something else"
+        allowed = choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+        must = " or ".join([*dict.fromkeys(others), allowed])
         return problem_at(node, f"must be {must}, got {value}", hint=f"did you mean {close}?" if close else None)
 
     def wrong_type(self, group: Sequence[_Error], node: Node) -> Problem:
@@ -226,7 +239,9 @@ def _bound(error: _Error) -> str | None:
     }
     if error["type"] in words:
         text, key = words[error["type"]]
-        return f"{text} {context[key]}"
+        return f"{text} {context[key]:g}"
+    if error["type"] in ("too_short", "string_too_short") and context["min_length"] == 1:
+        return "not be empty"
     if error["type"] in ("too_short", "string_too_short"):
         return f"have at least {context['min_length']}"
     if error["type"] in ("too_long", "string_too_long"):
@@ -245,6 +260,14 @@ def _choices(error: _Error) -> list[str]:
 def _descendants(node: Node) -> list[Node]:
     below = list(node.mapping.values()) if node.mapping is not None else (node.items or [])
     return [found for item in below for found in (item, *_descendants(item))]
+
+
+def without_type(node: Node, hint: str | None = None) -> Problem:
+    """Nothing is known about a mapping without a type: one problem, at what may be the type misspelt."""
+    for key, child in (node.mapping or {}).items():
+        if nearest(key, ["type"]):
+            return problem_at(child, "unknown key", hint="did you mean type?", at_key=True)
+    return problem_at(node, "the key type is missing", path=join_path(node.path, "type"), hint=hint, at_key=True)
 
 
 def shown(node: Node, limit: int = 60) -> str:

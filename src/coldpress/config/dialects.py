@@ -22,9 +22,12 @@ from coldpress.config.tree import Node, problem_at
 __all__ = ["Rewrite", "legacy_names", "translate"]
 
 _VERSIONS: dict[Version, str] = {(0, 6): "0.6", (0, 7): "0.7", (0, 8): "0.8", (0, 9): "0.9"}
-"""Last versions that some rule knows, and what their dialect is called. What was valid up to v0.6 covers v0.3 to v0.6."""
+"""Last versions that some rule knows, and what their dialect is called. 0.6 stands for v0.3 to v0.6."""
 
 _TODAY: Version = (99,)
+_SHOWN = 5
+"""Clashing keys that a message lists."""
+
 _RULES = (*rules_workflow.RULES, *rules_model.RULES, *rules_data.RULES, *rules_passes.RULES)
 
 
@@ -73,6 +76,7 @@ def translate(root: Node, passes: Mapping[str, type[BaseModel]]) -> Rewriting:
     _finish(rw)
     write_defaults(rw)
     _report_search(rw)
+    rw.rewrites.sort(key=lambda rewrite: rewrite.line or 0)
     return rw
 
 
@@ -102,6 +106,7 @@ def _levels(root: Node) -> Iterator[tuple[str, Node, str]]:
         load = model.get("load_kwargs")
         if load is not None and load.mapping is not None and root.get("input_model") is model:
             yield "load_kwargs", load, "input_model.load_kwargs"
+    yield from _pass_levels(root)
     systems = root.get("systems")
     if systems is not None and systems.mapping is not None:
         yield "systems", systems, "systems"
@@ -113,7 +118,6 @@ def _levels(root: Node) -> Iterator[tuple[str, Node, str]]:
                     if item.mapping is not None:
                         yield "accelerator", item, f"systems.{name}.accelerators.{index}"
     yield from _evaluator_levels(root)
-    yield from _pass_levels(root)
     yield from _data_levels(root)
 
 
@@ -221,15 +225,21 @@ def _report_clash(
     before = _named([node for until, node in old if until < first])
     after = _named([node for _, node in clash])
     message = (
-        f"the file mixes dialects: {before} {'is' if before.count('(') == 1 else 'are'} known up to Olive "
-        f"{_VERSIONS[newest]}, {after} only from {_VERSIONS[first]} on"
+        f"the file mixes dialects: up to Olive {_VERSIONS[newest]} only: {before}; "
+        f"from Olive {_VERSIONS[first]} on only: {after}"
     )
+    rw.mixed = True
     node = min((node for _, node in clash), key=lambda node: node.line or 0)
     rw.problems.append(problem_at(node, message, hint="write all of them in one dialect", at_key=True))
 
 
 def _named(nodes: list[Node]) -> str:
-    return ", ".join(f"{node.path} (line {node.key_line or node.line})" for node in nodes)
+    rest = f" and {len(nodes) - _SHOWN} more" if len(nodes) > _SHOWN else ""
+    nodes = sorted(nodes, key=lambda node: node.line or 0)[:_SHOWN]
+    return (
+        ", ".join(node.path + (f" (line {line})" if (line := node.key_line or node.line) else "") for node in nodes)
+        + rest
+    )
 
 
 def _report_search(rw: Rewriting) -> None:

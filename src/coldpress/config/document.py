@@ -63,7 +63,9 @@ def _ordered(value: Any, where: tuple[str, ...], passes: Mapping[str, type[BaseM
     return {key: _ordered(value[key], (*where, "*" if named else key), passes) for key in keys}
 
 
-def _order(value: Mapping[str, Any], where: tuple[str, ...], passes: Mapping[str, type[BaseModel]]) -> Sequence[str] | None:
+def _order(
+    value: Mapping[str, Any], where: tuple[str, ...], passes: Mapping[str, type[BaseModel]]
+) -> Sequence[str] | None:
     if where in _MODELS:
         return list(_MODELS[where].model_fields)
     if where == ("passes", "*"):

@@ -18,7 +18,7 @@ from coldpress.config.training_args import TrainingArgument, refused_arguments, 
 __all__ = ["workflow_json_schema"]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_REMARKS = {"^//": {}, "^_comment": {}, "^\\$comment$": {}}
+_REMARKS: dict[str, Any] = {"^//": {}, "^_comment": {}, "^\\$comment$": {}}
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 
 

@@ -69,7 +69,9 @@ class _Reader:
         assert match is not None
         self.at = match.end()
         if self.text.startswith(("//", "/*", "#"), self.at):
-            raise self.error("JSON has no comments", hint='write the remark as a key that begins with "//", or use YAML')
+            raise self.error(
+                "JSON has no comments", hint='write the remark as a key that begins with "//", or use YAML'
+            )
 
     def value(self, path: str, key: tuple[int, int] | None, depth: int) -> Node:
         if depth > MAX_DEPTH:

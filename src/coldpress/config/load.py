@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import BaseModel
 
-from coldpress.config.check import check
+from coldpress.config.check import check, without_type
 from coldpress.config.defaults import has_eval_data, host_device, training_defaults
 from coldpress.config.dialects import legacy_names, translate
 from coldpress.config.document import in_schema_order
 from coldpress.config.json_text import parse_json
+from coldpress.config.meaning import check_meaning
 from coldpress.config.overrides import apply_overrides
 from coldpress.config.rewriting import Rewrite, Rewriting
 from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.schema import Frozen, ParityLimits, PassEntry, Workflow
 from coldpress.config.secrets import find_placeholders, find_secrets
 from coldpress.config.training_args import check_training_args
-from coldpress.config.tree import Node, drop_comments, from_plain, join_path, plain, problem_at, walk_lines
+from coldpress.config.tree import Node, drop_comments, from_plain, plain, problem_at, walk_lines
 from coldpress.errors import ConfigError, Problem
 from coldpress.registry import nearest
 
 __all__ = ["LoadedConfig", "load_config"]
 
 _ORDER = tuple(Workflow.model_fields)
+_NAME = re.compile(r"^[A-Za-z0-9_]+$")
 
 
 @dataclass(frozen=True)
@@ -83,19 +87,20 @@ def load_config(
     """
     path = None if isinstance(source, Mapping) else Path(source)
     try:
-        return _load(source, path, overrides, passes)
+        root, problems = _from_mapping(source) if isinstance(source, Mapping) else _read(Path(source))
+        return _load(root, problems, path, overrides, passes)
     except ConfigError as error:
         file = "" if path is None else str(path)
         raise ConfigError(_in_order(error.problems, file)) from error.__cause__
 
 
 def _load(
-    source: Path | str | Mapping[str, Any],
+    root: Node,
+    problems: Sequence[Problem],
     path: Path | None,
     overrides: Sequence[str],
     passes: Mapping[str, type[BaseModel]],
 ) -> LoadedConfig:
-    root, problems = _read(source, path)
     if root.mapping is None:
         raise ConfigError([Problem("a config must be a mapping of keys to values", line=root.line)])
     problems = [*problems, *apply_overrides(root, overrides)]
@@ -128,10 +133,7 @@ def _in_order(problems: Sequence[Problem], file: str) -> tuple[Problem, ...]:
     return tuple(sorted(unique, key=lambda item: (item.line is None, item.line or 0, item.column or 0)))
 
 
-def _read(source: Path | str | Mapping[str, Any], path: Path | None) -> tuple[Node, list[Problem]]:
-    if isinstance(source, Mapping):
-        return from_plain(source, origin="file"), []
-    assert path is not None
+def _read(path: Path) -> tuple[Node, list[Problem]]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
@@ -153,6 +155,21 @@ def _read(source: Path | str | Mapping[str, Any], path: Path | None) -> tuple[No
     from coldpress.config.yaml_text import parse_yaml
 
     return parse_yaml(text)
+
+
+def _from_mapping(source: Mapping[str, Any]) -> tuple[Node, list[Problem]]:
+    """A tree of Python values, as far as they could stand in a file."""
+    try:
+        text = json.dumps(source, default=_as_text, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError([Problem(f"this mapping could not be written as JSON: {error}")]) from error
+    return from_plain(json.loads(text), origin="file"), []
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is no text, number, list or mapping")
 
 
 def _is_json(path: Path, text: str) -> bool:
@@ -180,6 +197,8 @@ class _Sections:
         self.rw = rw
         self.root = rw.root
         self.problems: list[Problem] = []
+        self.dangling: dict[tuple[str, str], list[Node]] = {}
+        self.known: dict[str, set[str]] = {}
 
     def workflow(self) -> Workflow | None:
         """The typed workflow; None when there are problems."""
@@ -187,12 +206,13 @@ class _Sections:
         if self.root.get("input_model") is None and not self.root.damaged:
             self.root.damaged = self.has_typo("input_model")
         rest = Node(dict(self.root.mapping or {}), "", self.root.line, damaged=self.root.damaged)
-        assert rest.mapping is not None
-        rest.mapping.pop("passes", None)
+        rest.members.pop("passes", None)
         checked = check(Workflow, rest, extra_names=_legacy())
         self.problems += checked.problems
         entries = self.entries(passes)
-        self.references(entries)
+        self.references()
+        self.report_dangling()
+        self.problems += check_meaning(self.root)
         if self.problems or checked.value is None:
             return None
         workflow: Workflow = checked.value
@@ -222,7 +242,7 @@ class _Sections:
             return None
         kind = node.text("type")
         if kind is None or kind not in self.rw.passes:
-            self.without_type(node)
+            self.bad_type(node)
             return None
         model = self.rw.passes[kind]
         names = set(_Shell.model_fields)
@@ -244,20 +264,13 @@ class _Sections:
             parity=first.value.parity,
         )
 
-    def without_type(self, node: Node) -> None:
+    def bad_type(self, node: Node) -> None:
         """No type, no known keys: one error. (An unknown type has been reported already, and taken out.)"""
         given = node.get("type")
         if given is not None:
             self.problems.append(problem_at(given, "must be the name of a pass"))
             return
-        typo = next((key for key in node.mapping or {} if nearest(key, ["type"])), None)
-        passes = ", ".join(self.rw.passes)
-        if typo is not None:
-            child = (node.mapping or {})[typo]
-            self.problems.append(problem_at(child, "unknown key", hint="did you mean type?", at_key=True))
-        else:
-            path = join_path(node.path, "type")
-            self.problems.append(problem_at(node, "the key type is missing", path=path, hint=f"passes: {passes}", at_key=True))
+        self.problems.append(without_type(node, hint=f"passes: {', '.join(self.rw.passes)}"))
 
     def training(self, kind: str, node: Node, own: Node) -> bool:
         """Check the training arguments, then fill in what holds where they are silent; the document stays as it is."""
@@ -266,8 +279,7 @@ class _Sections:
         given = node.get("training_args")
         if given is not None and given.mapping is None:
             self.problems.append(problem_at(given, "must be a mapping of training arguments"))
-            assert own.mapping is not None
-            own.mapping.pop("training_args")
+            own.members.pop("training_args")
             return False
         values = plain(given) if given is not None else {}
         device = host_device(self.root, node.text("host"))
@@ -275,16 +287,14 @@ class _Sections:
         found = check_training_args(values, legacy_names("training_args"))
         if not found:
             found = [item for item in check_training_args(complete) if item.name in values]
-        for item in found:
-            assert given is not None
-            where = given.get(item.name) or given
-            self.problems.append(problem_at(where, item.message, hint=item.hint, at_key=item.at_key))
-        assert own.mapping is not None
         place = given or node
-        own.mapping["training_args"] = from_plain({} if found else complete, place.path, place)
+        for item in found:
+            where = place.get(item.name) or place
+            self.problems.append(problem_at(where, item.message, hint=item.hint, at_key=item.at_key))
+        own.members["training_args"] = from_plain({} if found else complete, place.path, place)
         return not found
 
-    def references(self, entries: Mapping[str, PassEntry]) -> None:
+    def references(self) -> None:
         """Names of systems, evaluators and data configs that exist nowhere."""
         systems = self.names("systems")
         evaluators = self.names("evaluators")
@@ -297,7 +307,7 @@ class _Sections:
                 if key.endswith("data_config"):
                     self.refers(item, data, "data config", "data_configs")
             self.refers(parent.get("parity", "data_config"), data, "data config", "data_configs")
-        for _, evaluator in (self.mapping("evaluators")).items():
+        for evaluator in self.mapping("evaluators").values():
             metrics = evaluator.get("metrics")
             for metric in (metrics.items if metrics else None) or []:
                 self.refers(metric.get("data_config"), data, "data config", "data_configs")
@@ -320,12 +330,11 @@ class _Sections:
         node = self.root.get("data_configs")
         if node is None:
             return None if self.has_typo("data_configs") else set()
-        if node.items is None or any(item.text("name") is None for item in node.items):
+        if node.items is None or not all(_NAME.match(item.text("name") or "") for item in node.items):
             return None
         names: set[str] = set()
         for item in node.items:
-            name = item.text("name")
-            assert name is not None
+            name = item.text("name") or ""
             if name in names:
                 where = item.get("name") or item
                 self.problems.append(problem_at(where, f"two data configs are called {name!r}"))
@@ -338,10 +347,20 @@ class _Sections:
         lost = f"data:{node.value}" if section == "data_configs" else node.value
         if lost in self.rw.lost:
             return
-        close = nearest(node.value, known)
-        there = f"{section} has: {', '.join(sorted(known))}" if known else f"{section} is empty"
-        hint = f"did you mean {close}?" if close else there
-        self.problems.append(problem_at(node, f"there is no {what} called {node.value!r}", hint=hint))
+        self.dangling.setdefault((what, node.value), []).append(node)
+        if len(self.dangling[what, node.value]) == 1:
+            self.known[what] = known
+
+    def report_dangling(self) -> None:
+        """One problem for each name that exists nowhere, however often it is used."""
+        for (what, name), nodes in self.dangling.items():
+            known = self.known[what]
+            close = nearest(name, known)
+            there = f"there are: {', '.join(sorted(known))}" if known else "there are none"
+            message = f"there is no {what} called {name!r}"
+            if len(nodes) > 1:
+                message += f" (named by {', '.join(node.path for node in nodes[1:])} as well)"
+            self.problems.append(problem_at(nodes[0], message, hint=f"did you mean {close}?" if close else there))
 
 
 def _part(node: Node, members: dict[str, Node]) -> Node:
@@ -361,5 +380,3 @@ def _legacy() -> dict[str, list[str]]:
         "data_configs.pre_process_data_config": "pre_process",
     }
     return {path: sorted(legacy_names(level)) for path, level in levels.items()}
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from coldpress.config.document import document_text
@@ -11,10 +10,10 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.rewriting import Rewrite
 from coldpress.errors import UsageError
 
-__all__ = ["migrate"]
+__all__ = ["write_migrated"]
 
 
-def migrate(config: LoadedConfig, target: Path, *, force: bool = False) -> tuple[Rewrite, ...]:
+def write_migrated(config: LoadedConfig, target: Path, *, force: bool = False) -> tuple[Rewrite, ...]:
     """Write a loaded config to `target` in today's flat form, and return the rules that made it so.
 
     JSON or YAML by the name's ending. Remarks are not carried over. An existing file is kept unless `force`.
@@ -37,14 +36,10 @@ def migrate(config: LoadedConfig, target: Path, *, force: bool = False) -> tuple
 
 def _replace(target: Path, text: str) -> None:
     """A temporary file and a rename, so that the old file is whole until the new one is."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            os.replace(name, target)
-        except OSError:
-            os.unlink(name)
-            raise
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(target)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UsageError(f"{target} cannot be written: {error.strerror or error}") from error

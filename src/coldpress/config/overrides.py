@@ -53,14 +53,16 @@ def _set(root: Node, keys: Sequence[str], value: Any) -> Problem | None:
             else:
                 node = node.items[index]
             continue
+        if node.mapping is None and node.value is not None:
+            above = ".".join(keys[:number])
+            return Problem(f"{above} is a single value: there is nothing below it", path=path, file="command line")
         if node.mapping is None:
             node.value = {}
             node.origin = "way"
-        assert node.mapping is not None
         if last:
-            node.mapping[key] = from_plain(value, path, None, "override")
+            node.members[key] = from_plain(value, path, None, "override")
         else:
-            node = node.mapping.setdefault(key, from_plain({}, path, None, "way"))
+            node = node.members.setdefault(key, from_plain({}, path, None, "way"))
     return None
 
 

@@ -43,7 +43,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class Drop:
-    """The key has no effect any more. It is told as a rewrite, or as a warning where the user may have counted on it."""
+    """The key has no effect any more: told as a rewrite, or as a warning where the user may have counted on it."""
 
     why: str
     warn: bool = False
@@ -59,7 +59,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Custom:
-    """More than a name: the function changes the mapping. It gets the rewriting, the rule, the mapping's node and path."""
+    """More than a name: a function of the rewriting, the rule, the mapping's node and its path changes the mapping."""
 
     apply: Callable[[Rewriting, Rule, Node, str], None]
 
@@ -102,6 +102,8 @@ class Rewriting:
     rewrites: list[Rewrite] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    mixed: bool = False
+    """Keys of different dialects are reported already."""
     searched: list[Node] = field(default_factory=list)
     """What asks for a search; one problem tells it all."""
     lost: set[str] = field(default_factory=set)
@@ -117,23 +119,23 @@ class Rewriting:
 
     def default(self, rule: str, parent: Node, key: str, value: object, at: str) -> None:
         """Write a dialect's default out where the file is silent."""
-        if parent.mapping is None or key in parent.mapping:
+        if parent.mapping is None or key in parent.members:
             return
-        parent.mapping[key] = parent.child(key, value)
+        parent.members[key] = parent.child(key, value)
         shown = value if isinstance(value, str) and value else repr(value)
         old = f"default of {join_path(parent.path, key)}"
         self.rewrites.append(Rewrite(rule, self.label, old, f"{join_path(at, key)} = {shown}", parent.line))
 
     def refuse(self, parent: Node, key: str, message: str, hint: str | None = None) -> None:
         """Report what stands under `key` and take it out."""
-        assert parent.mapping is not None
-        node = parent.mapping.pop(key)
+        node = parent.members.pop(key)
         parent.damaged = True
         self.problems.append(problem_at(node, message, hint=hint, at_key=True))
 
-    def drop(self, parent: Node, key: str, why: str, *, rule: str, warn: bool = False, dialect: str | None = None) -> None:
-        assert parent.mapping is not None
-        node = parent.mapping.pop(key)
+    def drop(
+        self, parent: Node, key: str, why: str, *, rule: str, warn: bool = False, dialect: str | None = None
+    ) -> None:
+        node = parent.members.pop(key)
         if warn:
             self.warnings.append(problem_at(node, why, at_key=True))
         else:
@@ -141,19 +143,21 @@ class Rewriting:
 
     def move(self, parent: Node, key: str, into: Node, new: str) -> bool:
         """Put what stands under `key` of `parent` under `new` of `into`; False where both were given and clash."""
-        assert parent.mapping is not None and into.mapping is not None
-        node = parent.mapping.pop(key)
-        there = into.mapping.get(new)
+        node = parent.members.pop(key)
+        there = into.members.get(new)
         if there is None:
-            into.mapping[new] = node
+            into.members[new] = node
             return True
         kept = self.join(there, node)
+        if kept is None and self.mixed:
+            into.damaged = True
+            return False
         if kept is None:
             message = f"given twice: here and as {there.path}" + (f" on line {there.line}" if there.line else "")
             self.problems.append(problem_at(node, message, hint="keep one of them", at_key=True))
             into.damaged = True
             return False
-        into.mapping[new] = kept
+        into.members[new] = kept
         return True
 
     def join(self, first: Node, second: Node) -> Node | None:
@@ -172,16 +176,16 @@ class Rewriting:
 
     def unfold(self, parent: Node, key: str) -> None:
         """Lift the content of a nested block (`config`, `params`, `engine`) to the level of its siblings."""
-        if parent.mapping is None or key not in parent.mapping:
+        if parent.mapping is None or key not in parent.members:
             return
-        block = parent.mapping[key]
+        block = parent.members[key]
         if block.value is None:
-            del parent.mapping[key]
+            del parent.members[key]
             return
         if block.mapping is None:
             self.refuse(parent, key, "must be a mapping")
             return
-        del parent.mapping[key]
+        del parent.members[key]
         parent.damaged = parent.damaged or block.damaged
         for name in list(block.mapping):
             self.move(block, name, parent, name)
@@ -202,13 +206,11 @@ class Rewriting:
         *way, last = to.split(".")
         into = parent
         for step in way:
-            assert into.mapping is not None
-            below = into.mapping.get(step)
+            below = into.members.get(step)
             if below is None or below.mapping is None:
                 below = from_plain({}, join_path(into.path, step), into, "rule")
-                into.mapping[step] = below
+                into.members[step] = below
             into = below
-        node = parent.get(rule.key)
-        assert node is not None
+        node = parent.members[rule.key]
         if self.move(parent, rule.key, into, last):
             self.told(rule.name, node, join_path(at, to), dialect=rule.dialect)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coldpress.config.rewriting import Custom, Drop, Refuse, Rename, Rewriting, Rule, Version
-from coldpress.config.rules_model import RESOURCE_KEYS, resource
+from coldpress.config.rules_model import RESOURCE_KEYS, forget, resource
 from coldpress.config.tree import Node, from_plain, join_path, plain, problem_at
 from coldpress.registry import nearest
 
@@ -25,10 +25,8 @@ _TASKS = ("text-generation", "text-generation-with-past")
 
 def _data_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Only text through the datasets library is read; other containers are refused by name."""
-    items = parent.items
-    assert items is not None
     kept: list[Node] = []
-    for item in items:
+    for item in parent.elements:
         node = item.get("type")
         if node is None or not isinstance(node.value, str) or node.value.lower() == "huggingfacecontainer":
             if node is not None and isinstance(node.value, str):
@@ -50,11 +48,10 @@ def _data_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _below(parent: Node, key: str, place: Node) -> Node:
-    assert parent.mapping is not None
-    node = parent.mapping.get(key)
+    node = parent.members.get(key)
     if node is None or node.mapping is None:
         node = from_plain({}, join_path(parent.path, key), place)
-        parent.mapping[key] = node
+        parent.members[key] = node
     return node
 
 
@@ -79,12 +76,11 @@ _COMPONENTS = {
 
 def _params_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Olive 0.6.0's one block for all four components."""
-    node = parent.get("params_config")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["params_config"]
     if node.mapping is None:
         rw.refuse(parent, "params_config", "must be a mapping")
         return
-    del parent.mapping["params_config"]
+    del parent.members["params_config"]
     kwargs = node.mapping.pop("component_kwargs", None)
     for key in list(node.mapping):
         to = _PARAMS.get(key)
@@ -97,27 +93,28 @@ def _params_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         if rw.move(node, key, _below(parent, block, node), last):
             rw.told(rule.name, child, f"{join_path(at, block)}.{last}")
     if kwargs is not None:
-        parent.mapping["component_kwargs"] = kwargs
+        parent.members["component_kwargs"] = kwargs
         _component_kwargs(rw, rule, parent, at)
 
 
 def _component_kwargs(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """`{pre_process_data: {...}}`, and `components`' `{load_dataset: {name, type, params}}`."""
     key = "components" if rule.key == "components" else "component_kwargs"
-    node = parent.get(key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[key]
     if node.value is None:
-        del parent.mapping[key]
+        del parent.members[key]
         return
     if node.mapping is None:
         rw.refuse(parent, key, "must be a mapping")
         return
-    del parent.mapping[key]
+    del parent.members[key]
     for name in list(node.mapping):
         to = _COMPONENTS.get(name)
         if to is None:
             close = nearest(name, _COMPONENTS)
-            rw.refuse(node, name, "unknown key", f"did you mean {close}?" if close else f"known: {', '.join(_COMPONENTS)}")
+            rw.refuse(
+                node, name, "unknown key", f"did you mean {close}?" if close else f"known: {', '.join(_COMPONENTS)}"
+            )
             continue
         block = node.mapping[name]
         if block.mapping is None:
@@ -134,8 +131,7 @@ def _component_kwargs(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _component_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("type")
-    assert node is not None
+    node = parent.members["type"]
     plain_names = (
         "huggingface_dataset", "text_generation_huggingface_pre_process", "huggingface_pre_process",
         "text_generation", "skip_post_process",
@@ -148,20 +144,20 @@ def _component_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _dataset_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("dataset_type")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["dataset_type"]
     if node.value == "corpus":
         rw.drop(parent, "dataset_type", "every data set is a corpus", rule=rule.name)
     elif node.value == "pair":
-        hint = "nearest: a text_template with prompt and answer, label_col for the answer and completion_only_loss: true"
+        hint = (
+            "nearest: a text_template with prompt and answer, label_col for the answer and completion_only_loss: true"
+        )
         rw.refuse(parent, "dataset_type", "data sets of pairs are gone since Olive 0.7", hint)
     else:
         rw.refuse(parent, "dataset_type", f"must be corpus, got {node.value!r}")
 
 
 def _text_cols(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[rule.key]
     if isinstance(node.value, str):
         node.value = [from_plain(node.value, node.path, node, "file")]
     if rule.key != "text_cols" and rw.move(parent, rule.key, parent, "text_cols"):
@@ -169,8 +165,7 @@ def _text_cols(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _label_cols(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("label_cols")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["label_cols"]
     names = plain(node)
     if isinstance(names, list) and len(names) == 1 and node.items is not None:
         node.value = node.items[0].value
@@ -183,18 +178,14 @@ def _label_cols(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _nothing(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """A null where Olive means: not given."""
-    assert parent.mapping is not None
     if rule.key == "joiner":
-        parent.mapping["joiner"].value = ""
-    elif rule.key == "chat_template":
-        parent.mapping["chat_template"].value = False
+        parent.members["joiner"].value = ""
     else:
-        del parent.mapping[rule.key]
+        parent.members["chat_template"].value = False
 
 
 def _data_files(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("data_files")
-    assert node is not None
+    node = parent.members["data_files"]
     kind = (node.text("type") or "").lower()
     if kind in RESOURCE_KEYS and kind != "azureml_client":
         resource(rw, node, kind)
@@ -202,8 +193,7 @@ def _data_files(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _dataloader(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Batches belong to the pass or the metric."""
-    node = parent.get("dataloader_config")
-    assert node is not None
+    node = parent.members["dataloader_config"]
     if node.mapping is not None:
         rw.unfold(node, "params")
     keys = sorted((node.mapping or {}).keys() - {"type"})
@@ -215,8 +205,7 @@ def _dataloader(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _post_process(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("post_process_data_config")
-    assert node is not None
+    node = parent.members["post_process_data_config"]
     if not node.value or plain(node) == {"type": "text_generation_post_process"}:
         rw.drop(parent, "post_process_data_config", "answers are scored by their likelihood", rule=rule.name)
     else:
@@ -225,9 +214,8 @@ def _post_process(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def hoist_data_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """A data config written where it is used gets a name and moves to `data_configs`."""
-    node = parent.get(rule.key)
-    assert node is not None and node.mapping is not None and parent.mapping is not None and rw.root.mapping is not None
-    data = rw.root.mapping.setdefault("data_configs", from_plain([], "data_configs", node))
+    node = parent.members[rule.key]
+    data = rw.root.members.setdefault("data_configs", from_plain([], "data_configs", node))
     if data.items is None:
         return
     name = node.text("name")
@@ -238,9 +226,9 @@ def hoist_data_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     wanted, count = name, 2
     while name in taken:
         name, count = f"{wanted}_{count}", count + 1
-    given = node.mapping.pop("name", None)
-    node.value = {"name": from_plain(name, node.path, given or node), **node.mapping}
-    parent.mapping[rule.key] = from_plain(name, node.path, node)
+    given = node.members.pop("name", None)
+    node.value = {"name": from_plain(name, node.path, given or node), **node.members}
+    parent.members[rule.key] = from_plain(name, node.path, node)
     for block in ("load_dataset_config", "pre_process_data_config"):
         below = node.get(block)
         if below is not None:
@@ -250,8 +238,7 @@ def hoist_data_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _metric_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("type")
-    assert node is not None
+    node = parent.members["type"]
     lowered = str(node.value).lower()
     if lowered == "accuracy":
         node.value = "accuracy"
@@ -260,8 +247,7 @@ def _metric_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _sub_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("name")
-    assert node is not None
+    node = parent.members["name"]
     if node.value in _SUB_TYPES:
         message = f"{node.value} is a number of Olive's that Coldpress does not measure yet"
         rw.refuse(parent, "name", message, "nearest: accuracy_score")
@@ -269,8 +255,7 @@ def _sub_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _user_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Of what stood here only the batch size and the data had a meaning for text; both have their own keys."""
-    node = parent.get("user_config")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["user_config"]
     if node.mapping is None:
         rw.drop(parent, "user_config", "empty", rule=rule.name)
         return
@@ -286,11 +271,15 @@ def _user_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             rw.refuse(node, key, "metrics made by a Python script are not run", hint)
     if node.damaged:
         parent.damaged = True
-    del parent.mapping["user_config"]
+    del parent.members["user_config"]
 
+
+_OPTIONAL = ("strategy", "corpus_strategy", "max_seq_len", "pad_to_max_len", "padding_side", "message_col")
+"""Keys whose null Olive takes for: not given."""
 
 _SCRIPT = Refuse("Python given by a config is not run", "use text_template, text_cols or chat_template")
 _PAIR = Refuse("data sets of pairs are gone since Olive 0.7", "use text_template, label_col and completion_only_loss")
+_TOKEN = Drop("the token comes from the environment, HF_TOKEN")
 _OWN = "the tokenizer and the task are the model's own"
 _SEARCH = "it has no effect without a search, which is not built yet"
 
@@ -314,10 +303,12 @@ RULES: tuple[Rule, ...] = (
     Rule("data_config", "user_script", _SCRIPT),
     Rule("data_config", "script_dir", Drop("null"), None, _null),
     Rule("data_config", "script_dir", _SCRIPT),
+    *(Rule("data_config", key, Custom(forget), None, _null) for key in ("type", "pre_process_data_config")),
+    *(Rule("pre_process", key, Custom(forget), None, _null) for key in _OPTIONAL),
     Rule("load_dataset", "type", Custom(_component_type)),
     Rule("load_dataset", "data_files", Custom(_data_files)),
-    Rule("load_dataset", "token", Drop("the token comes from the environment, HF_TOKEN"), None, lambda n: n.value in (None, True, False)),
-    Rule("load_dataset", "use_auth_token", Drop("the token comes from the environment, HF_TOKEN"), None, lambda n: n.value in (None, True, False)),
+    Rule("load_dataset", "token", _TOKEN, None, lambda n: n.value in (None, True, False)),
+    Rule("load_dataset", "use_auth_token", _TOKEN, None, lambda n: n.value in (None, True, False)),
     Rule("load_dataset", "user_script", _SCRIPT),
     Rule("load_dataset", "name", Rename("subset"), dialect="datasets"),
     Rule("load_dataset", "trust_remote_code", Drop("null"), None, _null),
@@ -344,7 +335,7 @@ RULES: tuple[Rule, ...] = (
     Rule("pre_process", "task", Refuse("the one task we have is text-generation")),
     Rule("pre_process", "joiner", Custom(_nothing), None, _null),
     Rule("pre_process", "chat_template", Custom(_nothing), None, _null),
-    Rule("evaluator", "type", Refuse("there is one evaluator; other evaluators of Olive are not built yet", "remove it")),
+    Rule("evaluator", "type", Refuse("Olive's other evaluators are not built yet", "remove it")),
     Rule("evaluator", "name", Drop("its key names it")),
     Rule("evaluator", "user_script", Refuse("Python given by a config is not run", "use a metric of type accuracy")),
     Rule("evaluator", "script_dir", Refuse("Python given by a config is not run", "use a metric of type accuracy")),

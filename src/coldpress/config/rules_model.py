@@ -8,7 +8,7 @@ from coldpress.config.rewriting import Custom, Drop, Refuse, Rewriting, Rule, Ve
 from coldpress.config.tree import Node, from_plain, join_path, problem_at
 from coldpress.registry import nearest
 
-__all__ = ["RESOURCE_KEYS", "RULES", "resource"]
+__all__ = ["RESOURCE_KEYS", "RULES", "forget", "resource"]
 
 V06: Version = (0, 6)
 
@@ -26,6 +26,13 @@ RESOURCE_KEYS: dict[str, tuple[str, ...]] = {
 }
 """What the coordinates of an Azure ML resource, and of a workspace, may be called."""
 
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "azureml_registry_model": ("registry_name", "name", "version"),
+    "azureml_model": ("name", "version"),
+    "azureml_datastore": ("datastore_name", "relative_path"),
+    "azureml_job_output": ("job_name", "output_name", "relative_path"),
+}
+
 _OTHER_MODELS = (
     "ONNXModel", "CompositeModel", "DiffusersModel", "DistributedHfModel", "DistributedOnnxModel", "OpenVINOModel",
     "QNNModel", "QairtModel", "QairtPreparedModel", "TensorFlowModel", "SNPEModel", "DistributedPyTorchModel",
@@ -35,15 +42,23 @@ _REGISTRY_URL = re.compile(r"azureml://registries/([^/]+)/models/([^/]+)/version
 _FORMATS = ("pytorch.mlflow", "pytorch.huggingface")
 
 
+def forget(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """A null means: not given."""
+    del parent.members[rule.key]
+
+
 def _type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("type")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["type"]
     kind = str(node.value).lower()
     if kind == "hfmodel":
         node.value = "HfModel"
     elif kind == "pytorchmodel" and parent.get("hf_config") is not None:
         rw.told(rule.name, node, f"{join_path(at, 'type')} = HfModel")
         node.value = "HfModel"
+    elif kind == "pytorchmodel" and (typo := _misspelt_block(parent)) is not None:
+        block, name = typo
+        rw.problems.append(problem_at(block, "unknown key", hint=f"did you mean {name}?", at_key=True))
+        _forget_model(rw)
     elif kind == "pytorchmodel":
         message = "PyTorchModel without hf_config is a model made by a Python script, which is not read"
         _unreadable(rw, node, message, "use HfModel with model_path, a Hugging Face checkpoint")
@@ -59,33 +74,48 @@ def _type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 def _unreadable(rw: Rewriting, node: Node, message: str, hint: str) -> None:
     """One error for the whole model; its keys belong to a type we do not read."""
     rw.problems.append(problem_at(node, message, hint=hint))
-    assert rw.root.mapping is not None
-    model = rw.root.mapping.pop("input_model")
-    model.value = {}
+    _forget_model(rw)
+
+
+def _forget_model(rw: Rewriting) -> None:
+    rw.root.members.pop("input_model").value = {}
     rw.root.damaged = True
+
+
+def _misspelt_block(parent: Node) -> tuple[Node, str] | None:
+    """A mapping whose key looks like `config` or `hf_config`."""
+    for key, node in parent.members.items():
+        close = nearest(key, ("config", "hf_config"))
+        if node.mapping is not None and close is not None:
+            return node, close
+    return None
 
 
 def _hf_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """The block is opened; its rows are rules of the level `hf_config`."""
-    node = parent.get("hf_config")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["hf_config"]
     if node.mapping is None:
         rw.refuse(parent, "hf_config", "must be a mapping")
         return
     if parent.text("type") is None and parent.get("type") is None:
-        parent.mapping["type"] = parent.child("type", "HfModel")
+        parent.members["type"] = parent.child("type", "HfModel")
     for row in RULES:
         if row.level == "hf_config" and row.fires(node):
             rw.apply(row, node, at)
     name = node.get("model_name")
     if name is not None and parent.get("model_path") is not None:
-        path = parent.mapping["model_path"]
+        path = parent.members["model_path"]
         if name.origin == "file" and path.origin == "override":
             node.mapping.pop("model_name")
         else:
-            rw.drop(node, "model_name", f"{join_path(at, 'model_path')} says where the checkpoint lies", rule="hf_config.model_name")
+            rw.drop(
+                node,
+                "model_name",
+                f"{join_path(at, 'model_path')} says where the checkpoint lies",
+                rule="hf_config.model_name",
+            )
     moved = {"model_name": "model_path", "task": "task", "load_kwargs": "load_kwargs", "adapter_path": "adapter_path"}
-    del parent.mapping["hf_config"]
+    del parent.members["hf_config"]
     for key in list(node.mapping):
         to = moved.get(key)
         child = node.mapping[key]
@@ -100,10 +130,9 @@ def _hf_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _load_kwargs(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """`from_pretrained_args`, still older `model_loading_args`."""
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[rule.key]
     if node.value is None:
-        del parent.mapping[rule.key]
+        del parent.members[rule.key]
         return
     if node.mapping is None:
         rw.refuse(parent, rule.key, "must be a mapping")
@@ -115,8 +144,7 @@ def _load_kwargs(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _model_class(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("model_class")
-    assert node is not None
+    node = parent.members["model_class"]
     if isinstance(node.value, str) and node.value.endswith(("ForCausalLM", "AutoModelForCausalLM")):
         rw.drop(parent, "model_class", "config.json of the checkpoint names it", rule=rule.name)
     else:
@@ -125,15 +153,14 @@ def _model_class(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _model_path(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Olive's resource paths: a local one is its path, an Azure ML one keeps its coordinates under `config`."""
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[rule.key]
     if isinstance(node.value, str):
         match = _REGISTRY_URL.match(node.value)
         if match:
             registry, name, version = match.groups()
             config = {"registry_name": registry, "name": name, "version": version}
             rw.told(rule.name, node, f"{join_path(at, rule.key)} of type azureml_registry_model")
-            parent.mapping[rule.key] = from_plain(
+            parent.members[rule.key] = from_plain(
                 {"type": "azureml_registry_model", "config": config}, node.path, node, "file"
             )
         elif node.value.startswith("azureml://"):
@@ -150,22 +177,25 @@ def _model_path(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             rw.refuse(parent, rule.key, "a path is missing", "write the path itself")
             return
         rw.told(rule.name, node, join_path(at, rule.key))
-        parent.mapping[rule.key] = path
+        parent.members[rule.key] = path
     elif lowered in RESOURCE_KEYS and lowered != "azureml_client":
         resource(rw, node, lowered)
 
 
 def resource(rw: Rewriting, node: Node, kind: str) -> None:
     """Gather flat coordinates under `config` and check their names."""
-    assert node.mapping is not None
-    node.mapping["type"].value = kind
-    flat = [key for key in node.mapping if key not in ("type", "config")]
-    config = node.mapping.setdefault("config", from_plain({}, node.path, node))
+    node.members["type"].value = kind
+    flat = [key for key in node.members if key not in ("type", "config")]
+    config = node.members.setdefault("config", from_plain({}, node.path, node))
     if config.mapping is None:
         return
     for key in flat:
         rw.move(node, key, config, key)
     _known_keys(rw, config, RESOURCE_KEYS[kind], kind)
+    for key in _REQUIRED[kind]:
+        if key not in config.mapping and not config.damaged:
+            where = problem_at(config, f"the key {key} is missing", path=join_path(config.path, key), at_key=True)
+            rw.problems.append(where)
     client = config.get("azureml_client")
     if client is not None and client.mapping is not None:
         _known_keys(rw, client, _CLIENT, "azureml_client")
@@ -183,8 +213,7 @@ def _known_keys(rw: Rewriting, node: Node, known: tuple[str, ...], what: str) ->
 
 
 def _file_format(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("model_file_format")
-    assert node is not None
+    node = parent.members["model_file_format"]
     if node.value is None or str(node.value).lower() in _FORMATS:
         rw.drop(parent, "model_file_format", "the model's folder shows its format", rule=rule.name)
     else:
@@ -193,8 +222,7 @@ def _file_format(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _dtype(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get(rule.key)
-    assert node is not None
+    node = parent.members[rule.key]
     if isinstance(node.value, str):
         short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
         name = node.value.removeprefix("torch.")
@@ -202,15 +230,14 @@ def _dtype(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     if rule.key == "dtype" and rw.move(parent, "dtype", parent, "torch_dtype"):
         rw.told(rule.name, node, join_path(at, "torch_dtype"), dialect=rule.dialect)
     elif node.value is None and parent.mapping is not None:
-        parent.mapping.pop(rule.key, None)
+        parent.members.pop(rule.key, None)
 
 
 def _task(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """One task is trained and built; its `-with-past` variants name the same model."""
-    node = parent.get("task")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["task"]
     if node.value is None:
-        del parent.mapping["task"]
+        del parent.members["task"]
     elif node.value == "text-generation-with-past":
         rw.told(rule.name, node, f"{join_path(at, 'task')} = text-generation")
         node.value = "text-generation"
@@ -231,6 +258,8 @@ def _hub_secret(node: Node) -> bool:
 
 RULES: tuple[Rule, ...] = (
     Rule("model", "type", Custom(_type)),
+    Rule("model", "load_kwargs", Custom(forget), None, lambda node: node.value is None),
+    Rule("model", "adapter_path", Custom(forget), None, lambda node: node.value is None),
     Rule("model", "model_path", Custom(_model_path)),
     Rule("model", "adapter_path", Custom(_model_path)),
     Rule("model", "hf_config", Custom(_hf_config), V06),

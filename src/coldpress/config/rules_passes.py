@@ -8,8 +8,9 @@ from pydantic import BaseModel
 
 from coldpress.config.check import takes_list
 from coldpress.config.olive_passes import OLIVE_PASSES, RENAMED_PASSES
-from coldpress.config.rewriting import Action, Custom, Drop, Refuse, Rename, Rewriting, Rule, Version
+from coldpress.config.rewriting import Action, Custom, Drop, Rename, Rewriting, Rule, Version
 from coldpress.config.rules_data import hoist_data_config
+from coldpress.config.rules_workflow import name_evaluator, name_system
 from coldpress.config.tree import Node, from_plain, join_path, problem_at
 from coldpress.registry import nearest
 
@@ -40,17 +41,30 @@ SIBLINGS: dict[str, str] = {
 """Parameters of the LoRA family, and whose they are."""
 
 
+_LACKING: dict[str, frozenset[str]] = {
+    "ModelBuilder": frozenset(
+        (
+            "metadata_only", "search", "int4_accuracy_level", "int4_block_size", "int4_is_symmetric",
+            "int4_op_types_to_quantize", "int4_nodes_to_exclude", "int4_algo_config", "use_qdq", "use_8bits_moe",
+            "use_webgpu_fp32", "use_cuda_bf16", "include_hidden_states", "exclude_embeds", "exclude_lm_head",
+            "enable_cuda_graph", "extra_options", "include_prompt_templates",
+        )
+    ),
+    "MergeAdapterWeights": frozenset(),
+}  # fmt: skip
+"""Parameters of Olive's pass of the same name: one that ours has not is no typing error."""
+
+
 def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Each pass gets its registered name, or one error and no second look."""
-    assert parent.mapping is not None
     registered = {name.lower(): name for name in rw.passes}
     renamed = {old.lower(): new for old, new in RENAMED_PASSES.items()}
     foreign = {name.lower(): name for name in OLIVE_PASSES}
-    for name in list(parent.mapping):
-        entry = parent.mapping[name]
-        if entry.items is not None:
+    for name in list(parent.members):
+        entry = parent.members[name]
+        if entry.items:
             _alternatives(rw, parent, name)
-            entry = parent.mapping.get(name, entry)
+            entry = parent.members.get(name, entry)
         node = entry.get("type")
         if entry.mapping is None or node is None or not isinstance(node.value, str):
             continue
@@ -62,7 +76,7 @@ def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             rw.told("pass.renamed", node, f"{at}.{name}.type = {renamed[lowered]}")
             node.value = renamed[lowered]
             continue
-        del parent.mapping[name]
+        del parent.members[name]
         if lowered in foreign:
             near = OLIVE_PASSES[foreign[lowered]]
             message = f"{foreign[lowered]} is an Olive pass that Coldpress does not have yet"
@@ -76,34 +90,37 @@ def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _alternatives(rw: Rewriting, parent: Node, name: str) -> None:
     """Olive's list of passes under one name: alternatives for a search."""
-    assert parent.mapping is not None
-    entry = parent.mapping[name]
+    entry = parent.members[name]
     items = entry.items or []
     if len(items) == 1:
         rw.told("pass.list", entry, f"passes.{name}")
-        parent.mapping[name] = items[0]
+        parent.members[name] = items[0]
         rw.unfold(items[0], "config")
         return
     rw.searched.append(entry)
-    del parent.mapping[name]
+    del parent.members[name]
 
 
 def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Olive's two magic words, and parameters that belong to another pass of the family."""
-    assert parent.mapping is not None
     kind = parent.text("type")
-    known = set(rw.passes[kind].model_fields) if kind in rw.passes else set()
-    for key in list(parent.mapping):
-        node = parent.mapping[key]
+    known = set(rw.passes[kind].model_fields) if kind is not None and kind in rw.passes else set()
+    for key in list(parent.members):
+        node = parent.members[key]
         if node.value == "DEFAULT_VALUE" and key not in ("type", "host", "evaluator"):
             rw.drop(parent, key, "the default", rule="pass.DEFAULT_VALUE")
         elif node.value == "SEARCHABLE_VALUES" or _list_of_values(node, key, rw.passes.get(kind or "")):
             rw.searched.append(node)
-            del parent.mapping[key]
+            del parent.members[key]
             parent.damaged = True
         elif key in SIBLINGS and key not in known and kind in TRAINING_PASSES:
             why = f"{key} belongs to {SIBLINGS[key]} and has no effect in {kind}; dropped"
             rw.drop(parent, key, why, rule="pass.sibling", warn=True)
+        elif kind in _LACKING and key in _LACKING[kind] and key not in known:
+            if node.value in (None, False):
+                rw.drop(parent, key, "off", rule=f"{kind}.{key}")
+            else:
+                rw.refuse(parent, key, f"{key} is a parameter of Olive's {kind} that Coldpress does not have")
         elif key.endswith("data_config") and node.mapping is not None:
             hoist_data_config(rw, Rule(rule.level, key, rule.action), parent, at)
         elif key == "training_args" and node.value is None:
@@ -118,8 +135,7 @@ def _list_of_values(node: Node, key: str, model: type[BaseModel] | None) -> bool
 
 
 def _bias(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("bias")
-    assert node is not None
+    node = parent.members["bias"]
     if node.value in (None, "none"):
         rw.drop(parent, "bias", "biases are not trained", rule=rule.name)
     else:
@@ -160,16 +176,15 @@ def _adafactor(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _choose(rw: Rewriting, rule: Rule, parent: Node, at: str, key: str, value: str) -> None:
     """A switch that became one value of a choice."""
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[rule.key]
     if node.value is True:
         told = from_plain(value, node.path, node, node.origin)
-        parent.mapping[rule.key] = told
+        parent.members[rule.key] = told
         if rw.move(parent, rule.key, parent, key):
             rw.told(rule.name, node, f"{join_path(at, key)} = {value}", dialect=rule.dialect)
     elif node.value in (False, None):
-        if key == "train_sampling_strategy" and node.value is False and key not in parent.mapping:
-            parent.mapping[key] = parent.child(key, "random")
+        if key == "train_sampling_strategy" and node.value is False and key not in parent.members:
+            parent.members[key] = parent.child(key, "random")
         rw.drop(parent, rule.key, "off", rule=rule.name, dialect=rule.dialect)
     else:
         rw.refuse(parent, rule.key, f"must be true or false, got {node.value!r}")
@@ -177,35 +192,32 @@ def _choose(rw: Rewriting, rule: Rule, parent: Node, at: str, key: str, value: s
 
 def _warmup_ratio(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """A ratio is written as `warmup_steps` below 1; given steps win over it, as they always did."""
-    node = parent.get("warmup_ratio")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["warmup_ratio"]
     steps = parent.get("warmup_steps")
     if isinstance(node.value, bool) or not isinstance(node.value, (int, float)) or not 0 <= node.value < 1:
         rw.refuse(parent, "warmup_ratio", f"must be a number from 0 to below 1, got {node.value!r}")
     elif steps is not None and steps.value:
-        why = f"warmup_steps on line {steps.line} wins over warmup_ratio; dropped"
+        why = "warmup_steps wins over warmup_ratio; dropped"
         rw.drop(parent, "warmup_ratio", why, rule=rule.name, warn=True)
     else:
         if steps is not None:
-            del parent.mapping["warmup_steps"]
+            del parent.members["warmup_steps"]
         if rw.move(parent, "warmup_ratio", parent, "warmup_steps"):
             rw.told(rule.name, node, join_path(at, "warmup_steps"), dialect=rule.dialect)
 
 
 def _old_optimizer(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("optim")
-    assert node is not None
+    node = parent.members["optim"]
     rw.told(rule.name, node, f"{join_path(at, 'optim')} = adamw_torch", dialect=rule.dialect)
     node.value = "adamw_torch"
 
 
 def _accelerator_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[rule.key]
     if node.value is None:
-        del parent.mapping[rule.key]
+        del parent.members[rule.key]
         return
-    target = parent.mapping.setdefault("accelerator_config", parent.child("accelerator_config", {}))
+    target = parent.members.setdefault("accelerator_config", parent.child("accelerator_config", {}))
     if target.mapping is not None and rw.move(parent, rule.key, target, rule.key):
         rw.told(rule.name, node, f"{join_path(at, 'accelerator_config')}.{rule.key}", dialect=rule.dialect)
 
@@ -213,6 +225,7 @@ def _accelerator_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> Non
 _T4 = "transformers-4"
 _STORE = Drop("checkpoints lie in the cache, the result in the workflow's output_dir", warn=True)
 _REPORTS = Drop("metrics are written beside the adapter")
+_RESUMES = Drop("training continues from its own last checkpoint")
 _AUTOMATIC = Drop("it is set by the machine")
 
 
@@ -257,7 +270,7 @@ _TRAINING: tuple[Rule, ...] = (
     _training("do_eval", Drop("eval_strategy says it")),
     _training("do_predict", Drop("the evaluator measures the result")),
     _training("local_rank", Drop("it is set by the launcher")),
-    _training("resume_from_checkpoint", Drop("training continues from its own last checkpoint"), lambda n: not isinstance(n.value, str)),
+    _training("resume_from_checkpoint", _RESUMES, lambda node: not isinstance(node.value, str)),
     _training("deepspeed", Drop("off"), lambda n: not n.value),
     _training("fsdp", Drop("off"), lambda n: not n.value),
 )  # fmt: skip
@@ -265,11 +278,11 @@ _TRAINING: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     Rule("passes", "*", Custom(_pass_types)),
     Rule("pass", "disable_search", Drop("there is no search")),
-    Rule("pass", "clean_run_cache", Drop("`coldpress cache prune` does it; one step is not forgotten alone", warn=True), None, _true),
+    Rule("pass", "clean_run_cache", Drop("clean_cache forgets the whole workflow", warn=True), None, _true),
     Rule("pass", "clean_run_cache", Drop("off")),
     Rule("pass", "output_name", Drop("the step's result lies in the cache under its key", warn=True)),
-    Rule("pass", "host", Drop("null"), None, lambda n: n.value is None),
-    Rule("pass", "evaluator", Drop("null"), None, lambda n: n.value is None),
+    Rule("pass", "host", Custom(name_system), None, lambda node: node.mapping is not None),
+    Rule("pass", "evaluator", Custom(name_evaluator), None, lambda node: node.mapping is not None),
     Rule("pass", "*", Custom(_parameters)),
     *(Rule(f"pass:{name}", *row) for name in TRAINING_PASSES for row in _FAMILY),
     *_TRAINING,

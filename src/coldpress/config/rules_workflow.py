@@ -8,7 +8,7 @@ from coldpress.config.rewriting import Action, Custom, Drop, Refuse, Rewriting, 
 from coldpress.config.tree import Node, from_plain, join_path, plain, problem_at
 from coldpress.registry import nearest
 
-__all__ = ["EXECUTION_PROVIDERS", "FINISH_RULES", "RULES"]
+__all__ = ["EXECUTION_PROVIDERS", "FINISH_RULES", "RULES", "name_evaluator", "name_system"]
 
 V06: Version = (0, 6)
 V07: Version = (0, 7)
@@ -40,33 +40,32 @@ def _on(node: Node) -> bool:
 
 
 def _is_mapping(node: Node) -> bool:
-    return node.mapping is not None
+    return bool(node.mapping)
 
 
-def _name_system(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+def name_system(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """`host: {...}`: the mapping becomes a named system, its name takes its place."""
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None and rw.root.mapping is not None
-    systems = rw.root.mapping.setdefault("systems", from_plain({}, "systems", node))
+    node = parent.members[rule.key]
+    systems = rw.root.members.setdefault("systems", from_plain({}, "systems", node))
     if systems.mapping is None:
         return
     wanted = rule.key if rule.level == "workflow" else f"{at.rpartition('.')[2]}_{rule.key}"
     name = _free_name(wanted, systems.mapping)
     systems.mapping[name] = node
     rw.unfold(node, "config")
-    parent.mapping[rule.key] = from_plain(name, node.path, node)
+    parent.members[rule.key] = from_plain(name, node.path, node)
     rw.told(rule.name, node, f"systems.{name}")
 
 
-def _name_evaluator(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None and rw.root.mapping is not None
-    evaluators = rw.root.mapping.setdefault("evaluators", from_plain({}, "evaluators", node))
+def name_evaluator(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    node = parent.members[rule.key]
+    evaluators = rw.root.members.setdefault("evaluators", from_plain({}, "evaluators", node))
     if evaluators.mapping is None:
         return
     name = _free_name("evaluator", evaluators.mapping)
     evaluators.mapping[name] = node
-    parent.mapping[rule.key] = from_plain(name, node.path, node)
+    rw.unfold(node, "type_args")
+    parent.members[rule.key] = from_plain(name, node.path, node)
     rw.told(rule.name, node, f"evaluators.{name}")
 
 
@@ -79,13 +78,12 @@ def _free_name(wanted: str, taken: dict[str, Node]) -> str:
 
 def _cache_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Olive ignores the flat cache keys where this block stands, so the block wins."""
-    node = parent.get("cache_config")
-    assert node is not None and node.mapping is not None and parent.mapping is not None
-    del parent.mapping["cache_config"]
-    for key in list(node.mapping):
+    node = parent.members["cache_config"]
+    del parent.members["cache_config"]
+    for key in list(node.members):
         if key in ("cache_dir", "clean_cache", "clean_evaluation_cache", "enable_shared_cache"):
-            moved = node.mapping.pop(key)
-            parent.mapping[key] = moved
+            moved = node.members.pop(key)
+            parent.members[key] = moved
             rw.told(rule.name, moved, key)
         elif key in ("account_name", "container_name", "update_shared_cache"):
             rw.refuse(node, key, "a shared cache is not built; the cache is a local folder")
@@ -96,21 +94,19 @@ def _cache_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _cache_dir_list(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("cache_dir")
-    assert node is not None and node.items is not None and parent.mapping is not None
-    if len(node.items) == 1 and isinstance(node.items[0].value, str):
+    node = parent.members["cache_dir"]
+    if len(node.elements) == 1 and isinstance(node.elements[0].value, str):
         rw.told(rule.name, node, "cache_dir")
-        parent.mapping["cache_dir"] = node.items[0]
+        parent.members["cache_dir"] = node.elements[0]
     else:
         rw.refuse(parent, "cache_dir", "several cache folders: a shared cache is not built", "keep the local folder")
 
 
 def _data_mapping(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """`data_configs: {name: {...}}`: the names move into the elements of a list."""
-    node = parent.get("data_configs")
-    assert node is not None and node.mapping is not None
+    node = parent.members["data_configs"]
     elements: list[Node] = []
-    for name, item in node.mapping.items():
+    for name, item in node.members.items():
         if item.mapping is not None and "name" not in item.mapping:
             item.value = {"name": from_plain(name, item.path, item), **item.mapping}
         elements.append(item)
@@ -120,8 +116,7 @@ def _data_mapping(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _pass_flows(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """One flow says which passes run, in which order; several are a search."""
-    node, passes = parent.get("pass_flows"), parent.get("passes")
-    assert node is not None and parent.mapping is not None
+    node, passes = parent.members["pass_flows"], parent.get("passes")
     flows = plain(node)
     if not isinstance(flows, list) or not all(isinstance(flow, list) for flow in flows):
         rw.refuse(parent, "pass_flows", "must be a list of lists of pass names")
@@ -146,28 +141,28 @@ def _known(mapping: dict[str, Node]) -> str:
 
 def _spread_providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Engine-level execution providers move to the accelerators, which is where they have stood since."""
-    node = parent.get(rule.key)
-    assert node is not None and parent.mapping is not None
+    node = parent.members[rule.key]
     value = plain(node)
     providers = [value] if isinstance(value, str) else value
     if not isinstance(providers, list) or not providers or not all(isinstance(item, str) for item in providers):
         rw.refuse(parent, rule.key, 'must be a list with one execution provider, such as ["CPUExecutionProvider"]')
         return
-    systems = parent.mapping.setdefault("systems", from_plain({}, "systems", node))
+    systems = parent.members.setdefault("systems", from_plain({}, "systems", node))
     if systems.mapping is not None and not systems.mapping and not rw.lost:
         device = "cpu" if providers[0] == "CPUExecutionProvider" else "gpu"
-        system = {"type": "LocalSystem", "accelerators": [{"device": device}]}
-        systems.mapping["local_system"] = from_plain(system, "systems.local_system", node)
+        made = {"type": "LocalSystem", "accelerators": [{"device": device}]}
+        systems.mapping["local_system"] = from_plain(made, "systems.local_system", node)
         for key in ("host", "target"):
-            parent.mapping.setdefault(key, from_plain("local_system", key, node))
-    del parent.mapping[rule.key]
+            parent.members.setdefault(key, from_plain("local_system", key, node))
+    del parent.members[rule.key]
     for name, system in (systems.mapping or {}).items():
         target = f"systems.{name}.accelerators"
         if system.mapping is None:
             continue
         if system.get("accelerators") is None:
             device = "cpu" if providers[0] == "CPUExecutionProvider" else "gpu"
-            system.mapping["accelerators"] = from_plain([{"device": device}], join_path(system.path, "accelerators"), node)
+            path = join_path(system.path, "accelerators")
+            system.mapping["accelerators"] = from_plain([{"device": device}], path, node)
         for index, accelerator in enumerate(system.mapping["accelerators"].items or []):
             if accelerator.mapping is None:
                 continue
@@ -177,14 +172,15 @@ def _spread_providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
                 rw.told(rule.name, node, f"{target}.{index}.execution_providers")
             elif plain(own) != providers:
                 rw.problems.append(
-                    problem_at(node, f"contradicts {own.path} on line {own.line}", hint="keep the one of the accelerator")
+                    problem_at(
+                        node, f"contradicts {own.path} on line {own.line}", hint="keep the one of the accelerator"
+                    )
                 )
 
 
 def _spread_client(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """The workspace moves to each system and each resource that lies in it."""
-    assert parent.mapping is not None
-    node = parent.mapping.pop(rule.key)
+    node = parent.members.pop(rule.key)
     used = False
     systems = parent.get("systems")
     for name, system in (systems.mapping if systems and systems.mapping else {}).items():
@@ -214,10 +210,11 @@ def _resources(node: Node, at: str) -> list[tuple[Node, str]]:
 
 def _data_root(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Relative data paths get the folder in front."""
-    assert parent.mapping is not None
-    node = parent.mapping.pop("data_root")
+    node = parent.members.pop("data_root")
     if not isinstance(node.value, str) or node.value.startswith("azureml://"):
-        message = "must be a local folder" if not isinstance(node.value, str) else "data in Azure ML needs a data config"
+        message = (
+            "must be a local folder" if not isinstance(node.value, str) else "data in Azure ML needs a data config"
+        )
         rw.problems.append(problem_at(node, message, hint="use data_files of type azureml_datastore"))
         return
     root = node.value.rstrip("/\\")
@@ -244,9 +241,8 @@ def _prefix(node: Node, root: str) -> None:
 
 def _system_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """One kind of system runs here and one is known; the others are refused by name."""
-    assert parent.mapping is not None
-    for name in list(parent.mapping):
-        system = parent.mapping[name]
+    for name in list(parent.members):
+        system = parent.members[name]
         node = system.get("type")
         if system.mapping is None or node is None or not isinstance(node.value, str):
             continue
@@ -262,15 +258,14 @@ def _system_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             message, hint = f"there is no system of type {node.value!r}", f"did you mean {close or 'LocalSystem'}?"
         rw.problems.append(problem_at(node, message, hint=hint))
         rw.lost.add(name)
-        del parent.mapping[name]
+        del parent.members[name]
 
 
 def _accelerators(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """`["gpu"]` becomes `[{"device": "gpu"}]`."""
-    node = parent.get("accelerators")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["accelerators"]
     if node.value is None:
-        del parent.mapping["accelerators"]
+        del parent.members["accelerators"]
         return
     if node.items is None:
         return
@@ -285,17 +280,15 @@ def _accelerators(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _device(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("device")
-    assert node is not None
+    node = parent.members["device"]
     if isinstance(node.value, str):
         node.value = node.value.lower()
 
 
 def _providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.get("execution_providers")
-    assert node is not None and parent.mapping is not None
+    node = parent.members["execution_providers"]
     if node.value is None:
-        del parent.mapping["execution_providers"]
+        del parent.members["execution_providers"]
         return
     if isinstance(node.value, str):
         node.value = [from_plain(node.value, node.path, node)]
@@ -325,9 +318,13 @@ def _provider_defaults(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None
                 rw.default(rule.name, item, "execution_providers", [_GPU_PROVIDER], where)
 
 
+def _forget(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """A null means: not given."""
+    del parent.members[rule.key]
+
+
 def _search(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    assert parent.mapping is not None
-    rw.searched.append(parent.mapping.pop("search_strategy"))
+    rw.searched.append(parent.members.pop("search_strategy"))
 
 
 _NO_REPORT = "run.json is always written"
@@ -335,9 +332,9 @@ _Row = tuple[str, Action, Version | None, Callable[[Node], bool] | None]
 _ROWS: tuple[_Row, ...] = (
     ("$schema", Drop("an editor's help"), None, None),
     ("data_configs", Custom(_data_mapping), V06, _is_mapping),
-    ("host", Custom(_name_system), None, _is_mapping),
-    ("target", Custom(_name_system), None, _is_mapping),
-    ("evaluator", Custom(_name_evaluator), None, _is_mapping),
+    ("host", Custom(name_system), None, _is_mapping),
+    ("target", Custom(name_system), None, _is_mapping),
+    ("evaluator", Custom(name_evaluator), None, _is_mapping),
     ("search_strategy", Custom(_search), None, lambda node: node.value not in (None, False)),
     ("cache_config", Drop("empty"), None, _off),
     ("cache_config", Custom(_cache_config), None, _is_mapping),
@@ -381,13 +378,23 @@ def _rows(level: str, rows: tuple[_Row, ...]) -> tuple[Rule, ...]:
     return tuple(Rule(level, key, action, until, when) for key, action, until, when in rows)
 
 
+_OPTIONAL = ("systems", "data_configs", "evaluators", "passes", "output_dir", "cache_dir", "workflow_id", "clean_cache")
+"""Keys whose null Olive takes for: not given."""
+
 RULES: tuple[Rule, ...] = (
+    *(Rule("workflow", key, Custom(_forget), None, lambda node: node.value is None) for key in _OPTIONAL),
     *_rows("workflow", _ROWS),
     Rule("systems", "*", Custom(_system_types)),
     Rule("system", "accelerators", Custom(_accelerators), V06, lambda node: _has_text(node)),
     Rule("system", "accelerators", Custom(_accelerators), None, lambda node: not _has_text(node)),
     Rule("system", "olive_managed_env", Drop("nothing to do"), None, _off),
-    Rule("system", "olive_managed_env", Refuse("Coldpress installs nothing by itself", "prepare the environment"), V09, _on),
+    Rule(
+        "system",
+        "olive_managed_env",
+        Refuse("Coldpress installs nothing by itself", "prepare the environment"),
+        V09,
+        _on,
+    ),
     Rule("system", "requirements_file", Refuse("Coldpress installs nothing by itself", "prepare the environment"), V09),
     Rule("system", "local_docker_config", Refuse("Docker is not built yet", "nearest: LocalSystem"), V09),
     Rule("accelerator", "device", Custom(_device)),

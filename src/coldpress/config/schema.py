@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 __all__ = [
     "Accelerator",
+    "AzureMLClient",
     "AzureMLResource",
     "AzureMLSystem",
     "DataConfig",
+    "DockerConfig",
+    "EnvironmentConfig",
     "Evaluator",
     "Frozen",
     "InputModel",
@@ -30,6 +33,13 @@ __all__ = [
     "System",
     "Workflow",
 ]
+
+
+MEMORY = r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B?$"
+"""A size such as 8GB."""
+
+Text = Annotated[str, Field(min_length=1)]
+"""A text that says something."""
 
 
 class Frozen(BaseModel):
@@ -47,6 +57,57 @@ class AzureMLResource(Frozen):
     """Which kind of Azure ML resource."""
     config: Mapping[str, Any] = Field(default_factory=dict)
     """Its coordinates: registry, name and version, or workspace, datastore and path."""
+
+
+class AzureMLClient(Frozen):
+    """An Azure ML workspace."""
+
+    subscription_id: str | None = None
+    """Azure subscription."""
+    resource_group: str | None = None
+    """Resource group of the workspace."""
+    workspace_name: str | None = None
+    """Name of the workspace."""
+    aml_config_path: str | None = None
+    """A `config.json` from the Azure portal, instead of the three above."""
+    read_timeout: int | None = None
+    """Seconds to wait for an answer."""
+    max_operation_retries: int | None = None
+    """Tries of one operation."""
+    operation_retry_interval: int | None = None
+    """Seconds between tries."""
+    default_auth_params: Mapping[str, Any] | None = None
+    """Arguments of azure-identity's DefaultAzureCredential."""
+    keyvault_name: str | None = None
+    """Key vault that holds the hub token."""
+
+
+class DockerConfig(Frozen):
+    """The container that an Azure ML job runs in."""
+
+    base_image: str | None = None
+    """Image to start from."""
+    dockerfile: str | None = None
+    """A Dockerfile instead of an image."""
+    build_context_path: str | None = None
+    """Folder that the Dockerfile is built in."""
+    conda_file_path: str | None = None
+    """Conda environment to install on top."""
+    name: str | None = None
+    """Name of the environment."""
+    version: str | None = None
+    """Version of the environment."""
+
+
+class EnvironmentConfig(Frozen):
+    """A registered Azure ML environment."""
+
+    name: str
+    """Its name."""
+    version: str | None = None
+    """Its version."""
+    label: str | None = None
+    """A label such as latest, instead of a version."""
 
 
 class LoadKwargs(Frozen):
@@ -67,13 +128,13 @@ class InputModel(Frozen):
 
     type: Literal["HfModel"] = "HfModel"
     """A Hugging Face checkpoint: `config.json`, safetensors, tokenizer."""
-    model_path: str | AzureMLResource
+    model_path: Text | AzureMLResource
     """A local folder, or a hub id `org/name`."""
     task: str = "text-generation"
     """What the model is for."""
     load_kwargs: LoadKwargs = LoadKwargs()
     """How it is loaded."""
-    adapter_path: str | None = None
+    adapter_path: Text | None = None
     """A PEFT adapter folder that belongs on top of the checkpoint."""
 
 
@@ -84,7 +145,7 @@ class Accelerator(Frozen):
     """cpu or gpu."""
     execution_providers: tuple[str, ...] = ("CPUExecutionProvider",)
     """ONNX Runtime execution provider; exactly one."""
-    memory: str | int | None = None
+    memory: Annotated[str, Field(pattern=MEMORY)] | Annotated[int, Field(ge=1)] | None = None
     """Memory to stay within, in bytes or as `8GB`; null is what the machine has."""
 
 
@@ -106,14 +167,18 @@ class AzureMLSystem(Frozen):
     """The kind of system."""
     accelerators: tuple[Accelerator, ...] = (Accelerator(),)
     """Devices; exactly one for now."""
-    aml_compute: str
+    aml_compute: Text
     """Name of the compute target."""
-    aml_docker_config: Mapping[str, Any] | None = None
+    aml_docker_config: DockerConfig | None = None
     """Base image and conda file of the job's environment."""
-    aml_environment_config: Mapping[str, Any] | None = None
+    aml_environment_config: EnvironmentConfig | None = None
     """A registered environment, instead of a docker config."""
-    azureml_client_config: Mapping[str, Any] | None = None
+    azureml_client_config: AzureMLClient | None = None
     """Subscription, resource group and workspace."""
+    instance_count: int = Field(default=1, ge=1)
+    """Machines of the job."""
+    tags: Mapping[str, str] | None = None
+    """Tags of the job."""
     hf_token: bool = False
     """Whether the job reads the hub token from the workspace's key vault."""
 
@@ -124,7 +189,7 @@ System = Annotated[LocalSystem | AzureMLSystem, Field(discriminator="type")]
 class LoadDataset(Frozen):
     """Where records come from."""
 
-    data_name: str
+    data_name: Text
     """A hub data set, or a file format: json, csv, parquet, text."""
     data_files: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] | AzureMLResource | None = None
     """Local files: one, several, or one entry a split."""
@@ -159,15 +224,15 @@ class PreProcess(Frozen):
     """Loss on the answer (`label_col`) and what follows it, not on the prompt. Needs line-by-line."""
     strategy: Literal["join", "join-random", "join-sliding-window", "line-by-line", "line-by-line-random"] = "join"
     """One stream cut into full sequences (join), or one record a sequence (line-by-line)."""
-    max_seq_len: int = Field(1024, ge=1)
+    max_seq_len: int = Field(default=1024, ge=1)
     """Tokens in a sequence; clamped to the model's context with a warning."""
-    max_samples: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
     """Sequences to keep; null is all."""
-    stride: int | None = Field(None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
     """Tokens between window starts of join-sliding-window."""
     random_seed: int | None = None
     """Seed of the random strategies."""
-    random_retries: int = Field(10, ge=1)
+    random_retries: int = Field(default=10, ge=1)
     """Tries to find a record that is long enough (random strategies)."""
     pad_to_max_len: bool = True
     """Pad every sequence to `max_seq_len`; false pads to the longest of the batch."""
@@ -181,7 +246,7 @@ class PreProcess(Frozen):
     """Put the tokenizer's BOS before and EOS after each record."""
     joiner: str = "\n\n"
     """Text between records under join."""
-    processing_batch_size: int = Field(1024, ge=1)
+    processing_batch_size: int = Field(default=1024, ge=1)
     """Records tokenized at a time."""
 
 
@@ -220,7 +285,7 @@ class Metric(Frozen):
     """Which numbers."""
     data_config: str | DataConfig
     """Held-out records; its `label_col` names the answer."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Sequences scored at a time."""
 
 
@@ -237,12 +302,12 @@ class ParityLimits(Frozen):
     enabled: bool = True
     """False skips the check; run.json then says that nothing was proved."""
     data_config: str | None = None
-    """Text to compare on; null: the held-out part of the training data, then the evaluator's data, then bundled text."""
-    tokens: int = Field(4096, ge=64)
+    """Text to compare on; null: the training data's held-out part, then the evaluator's data, then bundled text."""
+    tokens: int = Field(default=4096, ge=64)
     """Tokens to compare on, at least; bundled text fills up what the data lacks."""
-    max_kl: float | None = Field(None, gt=0)
+    max_kl: float | None = Field(default=None, gt=0)
     """Mean KL divergence in nats per token; null: 1e-3 for a merge, 0.01 for int8, 0.1 for int4."""
-    max_perplexity_increase: float | None = Field(None, gt=0)
+    max_perplexity_increase: float | None = Field(default=None, gt=0)
     """Relative growth of perplexity (0.05 is 5 %); null: 0.05 for int4, 0.01 for int8, 0.005 for a merge."""
 
 
@@ -286,13 +351,13 @@ class Workflow(Frozen):
     """Search is not built yet: only false or null."""
     parity: ParityLimits = ParityLimits()
     """Limits of the comparison after each lossy step."""
-    workflow_id: str = "default_workflow"
+    workflow_id: str = Field(default="default_workflow", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the run in its records."""
-    output_dir: str = "output"
+    output_dir: Text = "output"
     """Where the final model goes; relative to the config file."""
-    cache_dir: str = ".coldpress-cache"
+    cache_dir: Text = ".coldpress-cache"
     """Where finished steps are kept; relative to the config file."""
     clean_cache: bool = False
     """Forget this workflow's finished steps first."""
-    log_severity_level: int = Field(1, ge=0, le=4)
+    log_severity_level: int = Field(default=1, ge=0, le=4)
     """0 debug, 1 info, 2 warning, 3 error, 4 critical."""

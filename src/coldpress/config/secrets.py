@@ -19,8 +19,12 @@ _SECRET_VALUE = re.compile(
     r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|"
     r"AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{8,}|AccountKey=|SharedAccessSignature|[?&]sig=)"
 )
-_SIZE_TEXT = re.compile(r"^\s*$")
-_PLACEHOLDER = re.compile(r"^\s*(your\b.+|<[A-Za-z][\w .-]*>|\{\{.+\}\}|\$\{.+\}|change[ _-]?me|to[ -]?do|x{3,}|\.{3})\s*$", re.I)
+_SHORT = 8
+"""No token has fewer characters."""
+
+_PLACEHOLDER = re.compile(
+    r"^\s*(your\b.+|<[A-Za-z][\w .-]*>|\{\{.+\}\}|\$\{.+\}|change[ _-]?me|to[ -]?do|x{3,}|\.{3})\s*$", re.I
+)
 _TEXT_KEYS = {"text_template", "joiner", "chat_template", "message_col"}
 
 
@@ -30,7 +34,8 @@ def looks_secret(key: str, value: str) -> bool:
         return True
     if _PLAIN_TOKENS.search(key) or not _SECRET_KEY.search(key):
         return False
-    return not _SIZE_TEXT.match(value) and not _PLACEHOLDER.match(value)
+    short = len(value) < _SHORT and key.lower().endswith("token")
+    return bool(value.strip()) and not short and not _PLACEHOLDER.match(value)
 
 
 def masked(value: str) -> str:
@@ -44,7 +49,9 @@ def find_secrets(node: Node, key: str = "") -> list[Problem]:
     for name, item in list(below.items()):
         key_name = name if node.mapping is not None else key
         if isinstance(item.value, str) and looks_secret(key_name, item.value):
-            message = f"{masked(item.value)} stands in the file; secrets come from the environment (HF_TOKEN, Azure login)"
+            message = (
+                f"{masked(item.value)} stands in the file; secrets come from the environment (HF_TOKEN, Azure login)"
+            )
             found.append(problem_at(item, message, hint="remove it, and renew it if the file was shared", at_key=True))
             if node.mapping is not None:
                 del node.mapping[name]

@@ -16,7 +16,14 @@ from typing import Any
 
 from coldpress.registry import nearest
 
-__all__ = ["ArgumentProblem", "TrainingArgument", "check_training_args", "generate_table", "refused_arguments", "training_arguments"]
+__all__ = [
+    "ArgumentProblem",
+    "TrainingArgument",
+    "check_training_args",
+    "generate_table",
+    "refused_arguments",
+    "training_arguments",
+]
 
 _FILE = "training_args.json"
 
@@ -28,28 +35,25 @@ _OURS = "checkpoints lie in the cache, the result in the workflow's output_dir",
 _REFUSED: dict[str, tuple[str, str]] = {
     "output_dir": _OURS,
     "resume_from_checkpoint": ("training continues from its own last checkpoint only", "remove it"),
-    **{
-        name: _NO_HUB
-        for name in (
+    **dict.fromkeys(
+        (
             "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
             "hub_revision", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
-        )
-    },
-    **{
-        name: _NO_CLUSTER
-        for name in (
+        ),
+        _NO_HUB,
+    ),
+    **dict.fromkeys(
+        (
             "deepspeed", "fsdp", "fsdp_config", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap",
             "parallelism_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
             "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank",
-        )
-    },
-    **{
-        name: _NO_TRACKER
-        for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-    },
-    **{name: ("the pass decides what is run", "remove it") for name in ("do_train", "do_eval", "do_predict")},
+        ),
+        _NO_CLUSTER,
+    ),
+    **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NO_TRACKER),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), ("the pass decides what is run", "remove it")),
 }  # fmt: skip
-"""Arguments that make no sense here, unless they say what happens anyway (their default, null or false): why, what to do."""
+"""Arguments that make no sense here: why, and what to do. Their default, null and false change nothing and pass."""
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, 1 << 20),
@@ -81,6 +85,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 _VALUES: dict[str, tuple[str, ...]] = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
 """Choices that Transformers names in its help only."""
+
+_FEW = 12
+"""Allowed values that a message lists."""
 
 _WORDS = {
     "int": "a whole number",
@@ -168,15 +175,18 @@ def _check_value(argument: TrainingArgument, value: Any) -> ArgumentProblem | No
     if argument.values and isinstance(value, str):
         if value in argument.values:
             return None
-        close = nearest(value, argument.values)
-        shown = ", ".join(argument.values) if len(argument.values) <= 12 else f"{len(argument.values)} values"
-        hint = f"did you mean {close}?" if close else f"one of: {', '.join(argument.values)}"
-        return ArgumentProblem(name, f"{value!r} is not one of {shown}", hint)
+        close = _nearest_value(value, argument)
+        few = len(argument.values) <= _FEW
+        must = (
+            f"must be one of {', '.join(argument.values)}" if few else f"must be one of {len(argument.values)} values"
+        )
+        hint = f"did you mean {close}?" if close else None if few else f"one of: {', '.join(argument.values)}"
+        return ArgumentProblem(name, f"{must}, got {value!r}", hint)
     if kind not in accepted:
         words = " or ".join(_WORDS[item] for item in argument.types if item != "null" and item in accepted)
         if argument.values:
             words = f"one of {', '.join(argument.values)}"
-        return ArgumentProblem(name, f"must be {words}, got {_shown(value)}")
+        return ArgumentProblem(name, f"must be {words}, got {_shown(value)}", _quotes(value, accepted))
     if name in _BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = _BOUNDS[name]
         if not low <= value <= high:
@@ -184,6 +194,27 @@ def _check_value(argument: TrainingArgument, value: Any) -> ArgumentProblem | No
     if name == "max_steps" and value == 0:
         return ArgumentProblem(name, "must be a positive number of steps, or -1 to count epochs, got 0")
     return None
+
+
+def _nearest_value(value: str, argument: TrainingArgument) -> str | None:
+    """`adamw` is the beginning of the default rather than the end of `grokadamw`."""
+    begins = sorted((choice for choice in argument.values if choice.startswith(value)), key=len)
+    if argument.default in begins:
+        return str(argument.default)
+    return begins[0] if value and begins else nearest(value, argument.values)
+
+
+def _quotes(value: Any, accepted: set[str]) -> str | None:
+    """A number or a truth value that was written as a text."""
+    if not isinstance(value, str):
+        return None
+    if "bool" in accepted and value.lower() in ("true", "false", "yes", "no", "on", "off"):
+        return f"write {'true' if value.lower() in ('true', 'yes', 'on') else 'false'} without quotes"
+    try:
+        float(value)
+    except ValueError:
+        return None
+    return "without quotes" if {"int", "float"} & accepted else None
 
 
 def _check_together(args: Mapping[str, Any]) -> list[ArgumentProblem]:
@@ -213,7 +244,7 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
-    return "null" if value is None else f"the text {value!r}" if isinstance(value, str) else repr(value)
+    return "null" if value is None else repr(value)
 
 
 def generate_table() -> dict[str, Any]:
@@ -263,7 +294,8 @@ def _row(item: Any) -> dict[str, Any]:
     if default is dataclasses.MISSING:
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
     default = default.value if isinstance(default, enum.Enum) else default
-    row: dict[str, Any] = {"types": sorted(types), "default": default, "help": " ".join(item.metadata.get("help", "").split())}
+    text = " ".join(item.metadata.get("help", "").split())
+    row: dict[str, Any] = {"types": sorted(types), "default": default, "help": text}
     choices = item.metadata.get("choices") or _VALUES.get(item.name) or values
     if choices:
         row["values"] = sorted({str(getattr(choice, "value", choice)) for choice in choices})

@@ -16,7 +16,7 @@ __all__ = ["Node", "Origin", "Scalar", "drop_comments", "from_plain", "join_path
 
 Scalar = str | int | float | bool | None
 Origin = Literal["file", "override", "way", "rule"]
-"""Who wrote a node: the file, a key=value of the command line, the mappings on the way to such a value, a dialect rule."""
+"""Who wrote a node: the file, a key=value of the command line, the way to such a value, a dialect rule."""
 
 
 @dataclass(eq=False)
@@ -37,6 +37,18 @@ class Node:
     @property
     def mapping(self) -> dict[str, Node] | None:
         return self.value if isinstance(self.value, dict) else None
+
+    @property
+    def members(self) -> dict[str, Node]:
+        """The mapping, where it is known to be one."""
+        assert isinstance(self.value, dict)
+        return self.value
+
+    @property
+    def elements(self) -> list[Node]:
+        """The list, where it is known to be one."""
+        assert isinstance(self.value, list)
+        return self.value
 
     @property
     def items(self) -> list[Node] | None:

@@ -66,7 +66,9 @@ class _Reader:
         if tag == "map":
             node.value = self.members(raw, path, depth)
         elif tag == "seq":
-            node.value = [self.node(item, join_path(path, i), (None, None), depth + 1) for i, item in enumerate(raw.value)]
+            node.value = [
+                self.node(item, join_path(path, index), (None, None), depth + 1) for index, item in enumerate(raw.value)
+            ]
         else:
             node.value = self.scalar(tag, raw.value, node)
         return node

@@ -6,6 +6,7 @@ hashed for a plan: nothing can be cached for it).
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from coldpress.digest import digest_files, digest_value
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
 from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError, Problem
-from coldpress.hardware import Hardware, detect, library_versions
+from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
 
@@ -170,6 +171,16 @@ class _Planner:
             self._accelerator_present(accelerator, name)
         return accelerator
 
+    def _target_hardware(self, accelerator: Accelerator) -> Hardware:
+        """This machine, or as much as a config says of another one."""
+        if accelerator.device == "cpu" or self._is_local():
+            return self.hardware
+        return dataclasses.replace(self.hardware, gpus=(Gpu(name="of the remote system", memory=0),))
+
+    def _is_local(self) -> bool:
+        used = (self.workflow.host, self.workflow.target)
+        return not any(isinstance(self.workflow.systems.get(name), AzureMLSystem) for name in used if name)
+
     def _accelerator_present(self, accelerator: Accelerator, system: str) -> None:
         provider = accelerator.execution_providers[0]
         path = f"systems.{system}.accelerators"
@@ -277,7 +288,7 @@ class _Planner:
     ) -> tuple[Step, ...]:
         steps: list[Step] = []
         env = PlanContext(
-            hardware=self.hardware,
+            hardware=self._target_hardware(accelerator),
             accelerator=accelerator,
             data_configs=data_configs,
             data_bytes={name: value["bytes"] for name, value in data.items() if value["bytes"] is not None},

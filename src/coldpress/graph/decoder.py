@@ -194,15 +194,11 @@ class _Decoder:
         rows = Linear((Rows(arch.embedding, 0, arch.vocab),), arch.vocab, arch.hidden, bias=False)
         if bits is not None:
             return self._embed_quantized(rows, bits)
-        stored = FLOATS[self.form.wide_embedding or self.form.io]
         if self._head_places:
-            table, stored = self._shared_embedding(), self.io
+            table = self._shared_embedding()
         else:
-            (table,) = graph.weight(Cast(arch.embedding, self._matrix(rows), stored))
-        out = graph.op("Gather", [table, self.ids], name=EMBEDDING, axis=0)
-        if stored == self.io:
-            return out
-        return graph.op("Cast", [out], name="/model/embed_tokens/Cast", to=self.io.value)
+            (table,) = graph.weight(Cast(arch.embedding, self._matrix(rows), self.io))
+        return graph.op("Gather", [table, self.ids], name=EMBEDDING, axis=0)
 
     def _embed_quantized(self, rows: Linear, bits: int) -> ir.Value:
         """GatherBlockQuantized over the blocks that MatMulNBits reads, seen as [vocab, bytes of a row]."""

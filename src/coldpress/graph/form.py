@@ -11,12 +11,25 @@ from typing import Literal
 
 from coldpress.artifacts.arch import Arch, Linear
 
-__all__ = ["EMBEDDING", "HEAD", "Form", "FloatType", "Quantization", "data_bytes", "fused_rotary", "mixed_layers", "products"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "WRITE_BUDGET",
+    "FloatType",
+    "Form",
+    "Quantization",
+    "data_bytes",
+    "fused_rotary",
+    "mixed_layers",
+    "products",
+]
 
 FloatType = Literal["float32", "float16", "bfloat16"]
 
 EMBEDDING = "/model/embed_tokens/Gather"
 HEAD = "/lm_head/MatMul"
+WRITE_BUDGET = 96 << 20
+"""Bytes of weights in memory at once while a graph is written, all threads together."""
 _WIDTH: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -50,8 +63,6 @@ class Form:
     rope_switch: Literal["position_ids", "if"] = "position_ids"
     """How a longrope model gets from its short to its long table: by the positions given to the attention kernel, or by an
     If node, which copies a table on each run, for kernels that take no positions."""
-    wide_embedding: FloatType | None = None
-    """Type in which an embedding that is not quantized is stored; None is `io`."""
 
     def shares_embedding(self, arch: Arch) -> bool:
         """Whether embedding and head are one set of bytes."""
@@ -90,9 +101,9 @@ def fused_rotary(arch: Arch) -> bool:
     return arch.head_dim % 16 == 0 and arch.rope.dim % 16 == 0
 
 
-def _matrix_bytes(form: Form, bits: int | None, n: int, k: int, stored: FloatType | None = None) -> int:
+def _matrix_bytes(form: Form, bits: int | None, n: int, k: int) -> int:
     if bits is None:
-        return n * k * _WIDTH[stored or form.io]
+        return n * k * _WIDTH[form.io]
     blocks = -(-k // form.quantization.block_size)
     zeros = 0 if form.quantization.symmetric else -(-blocks * bits // 8)
     return n * (blocks * (form.quantization.block_size * bits // 8 + _WIDTH[form.io]) + zeros)
@@ -107,7 +118,7 @@ def data_bytes(arch: Arch, form: Form) -> int:
             continue
         total += _matrix_bytes(form, form.bits.get(name), linear.n, linear.k) + linear.bias * linear.n * width
     if not form.exclude_embeds and not form.shares_embedding(arch):
-        total += _matrix_bytes(form, form.bits.get(EMBEDDING), arch.vocab, arch.hidden, form.wide_embedding)
+        total += _matrix_bytes(form, form.bits.get(EMBEDDING), arch.vocab, arch.hidden)
     positions = arch.context_length
     if arch.rope.kind == "longrope":
         positions += min(arch.rope.original_length, arch.context_length)

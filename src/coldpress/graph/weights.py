@@ -11,7 +11,6 @@ the device here: whoever commits the folder does that.
 from __future__ import annotations
 
 import errno
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,11 @@ import onnx_ir as ir
 from coldpress.artifacts.arch import Rope, Rows
 from coldpress.artifacts.tensors import TensorSet, numpy_dtype
 from coldpress.errors import CheckpointError, DiskFullError
+from coldpress.graph.form import WRITE_BUDGET
 from coldpress.kernels.quantize import NonFiniteWeightError, quantize
 from coldpress.kernels.rope import cos_sin, inverse_frequencies
 
 __all__ = [
-    "DEFAULT_BUDGET",
     "Cast",
     "DataFile",
     "Matrix",
@@ -41,8 +40,6 @@ __all__ = [
     "Weight",
 ]
 
-DEFAULT_BUDGET = 96 << 20
-"""Bytes of weights in memory at once, all threads together."""
 ALIGNMENT = 64
 """A cache line, and the width of an AVX-512 register: every tensor starts on a multiple of it."""
 COPIES = 4
@@ -321,7 +318,7 @@ class DataFile:
         folder: Path,
         *,
         threads: int,
-        budget_bytes: int = DEFAULT_BUDGET,
+        budget_bytes: int = WRITE_BUDGET,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Write all tensors into `folder`; `progress` gets bytes done and bytes in all, one call at a time.
@@ -331,9 +328,7 @@ class DataFile:
         path = folder / self.name
         elements = max(1, budget_bytes // (threads * COPIES * 4))
         chunks = self._chunks(elements)
-        lock, stop, done = threading.Lock(), threading.Event(), itertools.count()
-        del done
-        written = 0
+        lock, stop, written = threading.Lock(), threading.Event(), 0
 
         def work() -> None:
             nonlocal written

@@ -81,11 +81,12 @@ def _encode(x, inverse, zero, top, codes):  # type: ignore[no-untyped-def]
         codes[i] = np.uint8(np.int32(max(min(x[i] * inverse + offset, top), np.float32(0))))
 
 
-def _fit(x, codes, zero):  # type: ignore[no-untyped-def]
-    """Least-squares scale for given codes, and by how much it lowers the squared error below sum(ww)."""
+def _fit(x, inverse, zero, top):  # type: ignore[no-untyped-def]
+    """Least-squares scale for the codes that go with a scale, and by how much it lowers the squared error below sum(ww)."""
+    offset = zero + np.float32(0.5)
     cross, square = np.float32(0), np.float32(0)
     for i in range(x.size):
-        c = np.float32(codes[i]) - zero
+        c = np.float32(np.int32(max(min(x[i] * inverse + offset, top), np.float32(0)))) - zero
         cross += x[i] * c
         square += c * c
     if square == 0:
@@ -139,8 +140,7 @@ def _make_rows(symmetric: bool) -> Callable[..., int]:
                         trial, trial_zero = (steps + move) / span, zero
                         if not symmetric:
                             trial_zero = np.float32(np.int32(min(np.float32(0.5) - low * trial, top)))
-                        _encode(x, trial, trial_zero, top, codes)
-                        fitted, gain = _fit(x, codes, trial_zero)
+                        fitted, gain = _fit(x, trial, trial_zero, top)
                         if gain > best:
                             best, inverse, zero, scale = gain, trial, trial_zero, fitted
                 _encode(x, inverse, zero, top, codes)

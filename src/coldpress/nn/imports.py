@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from coldpress.errors import MissingExtraError
@@ -86,17 +86,25 @@ def load_bitsandbytes() -> None:
         finally:
             logger.setLevel(level)
     # They remember the answer of an earlier step that did without it.
-    for module, checks in _REMEMBERED.items():
-        for check in checks:
-            clear = getattr(getattr(sys.modules.get(module), check, None), "cache_clear", None)
-            if clear is not None:
-                clear()
+    for check in _checks():
+        clear = getattr(check, "cache_clear", None)
+        if clear is not None:
+            clear()
+    late = sys.modules.get("transformers.integrations.bitsandbytes")
+    if late is not None and not hasattr(late, "bnb"):
+        importlib.reload(late)
 
 
+# Functions that look for bitsandbytes once and remember the answer.
 _REMEMBERED = {
     "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
-    "transformers.utils.import_utils": ("is_bitsandbytes_available", "_is_package_available"),
+    "transformers.utils.import_utils": ("is_bitsandbytes_available",),
 }
+
+
+def _checks() -> list[Callable[[], bool]]:
+    found = [getattr(sys.modules.get(module), name, None) for module, names in _REMEMBERED.items() for name in names]
+    return [check for check in found if check is not None]
 
 
 def _load(modules: tuple[str, ...], hide: tuple[str, ...]) -> None:
@@ -107,6 +115,9 @@ def _load(modules: tuple[str, ...], hide: tuple[str, ...]) -> None:
             with hidden(*hide):
                 for name in modules:
                     importlib.import_module(name)
+                if "bitsandbytes" in hide and sys.modules.get("bitsandbytes") is None:
+                    for check in _checks():  # or they would find it when the first adapter is made
+                        check()
         except ImportError as error:
             if not hide or error.name not in hide:
                 raise

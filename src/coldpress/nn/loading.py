@@ -15,11 +15,12 @@ from coldpress.artifacts.base import BaseQuantization, read_json
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.errors import CheckpointError, UnsupportedModelError
 from coldpress.nn import imports
+from coldpress.nn.adapters import decoder_linears
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["four_bit_layers", "load_adapter", "load_model"]
+__all__ = ["four_bit_layers", "load_adapter", "load_dequantized", "load_model"]
 
 
 def load_model(
@@ -84,6 +85,49 @@ def load_model(
         for layer in four_bit_layers(model).values():
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remote_code: bool = False) -> Any:
+    """The model that a QLoRA adapter was trained on, as a plain float32 model: bitsandbytes quantizes and dequantizes."""
+    imports.load_bitsandbytes()
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    linear, head = torch.nn.Linear, _output_heads(folder)
+    model = load_model(
+        folder,
+        dtype=quantization.compute_dtype,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        skip_quantization=head,
+    )
+    for name, layer in four_bit_layers(model).items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain = linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = layer.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, plain)
+    # The marks of a quantized model would keep Transformers and PEFT from treating it as the plain one it now is.
+    for mark in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+    return model
+
+
+def _output_heads(folder: Path) -> tuple[str, ...]:
+    with TensorSet.open(folder) as tensors:
+        linear = {info.name.removesuffix(".weight"): info.shape for info in tensors.infos() if len(info.shape) == 2}
+    inner = decoder_linears({name: (shape[0], shape[1]) for name, shape in linear.items()})
+    return tuple(name for name in linear if name not in inner) or ("lm_head",)
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:

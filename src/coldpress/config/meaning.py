@@ -1,0 +1,92 @@
+"""What single keys cannot show: values that are right alone and wrong together."""
+
+from __future__ import annotations
+
+import string
+
+from coldpress.config.schema import PreProcess
+from coldpress.config.tree import Node, problem_at
+from coldpress.errors import Problem
+
+__all__ = ["check_meaning"]
+
+
+def check_meaning(root: Node) -> list[Problem]:
+    """Contradictions between the keys of a data config. Values of a wrong type are left to the check of types."""
+    problems: list[Problem] = []
+    data = root.get("data_configs")
+    for config in (data.items if data is not None else None) or []:
+        block = config.get("pre_process_data_config")
+        if block is not None and block.mapping is not None:
+            problems += _strategy(block)
+            problems += _text(block)
+            problems += _padding(block)
+    return problems
+
+
+def _value(block: Node, key: str) -> object:
+    node = block.get(key)
+    return PreProcess.model_fields[key].default if node is None else node.value
+
+
+def _place(block: Node, key: str) -> Node:
+    return block.get(key) or block
+
+
+def _strategy(block: Node) -> list[Problem]:
+    strategy = _value(block, "strategy")
+    where = _place(block, "strategy")
+    problems = []
+    if strategy == "join-sliding-window" and _value(block, "stride") is None:
+        problems.append(problem_at(where, "join-sliding-window needs stride, the tokens between window starts"))
+    if strategy in ("join-random", "line-by-line-random"):
+        for key, what in (
+            ("max_samples", "how many sequences to draw"),
+            ("random_seed", "so that a run can be repeated"),
+        ):
+            if _value(block, key) is None:
+                problems.append(problem_at(where, f"{strategy} needs {key}: {what}"))
+    stride, length = _value(block, "stride"), _value(block, "max_seq_len")
+    if strategy == "join-sliding-window" and isinstance(stride, int) and isinstance(length, int) and stride > length:
+        message = f"stride {stride} is longer than max_seq_len {length}: tokens would be left out"
+        problems.append(problem_at(_place(block, "stride"), message))
+    return problems
+
+
+def _text(block: Node) -> list[Problem]:
+    problems = []
+    template = _value(block, "text_template")
+    if isinstance(template, str):
+        problems += _template(block, template)
+    if _value(block, "completion_only_loss") is True:
+        where = _place(block, "completion_only_loss")
+        if _value(block, "label_col") is None and not _value(block, "chat_template"):
+            problems.append(problem_at(where, "completion_only_loss needs label_col, the column of the answer"))
+        if str(_value(block, "strategy")).startswith("join"):
+            problems.append(
+                problem_at(where, "completion_only_loss needs one record a sequence", hint="strategy: line-by-line")
+            )
+    return problems
+
+
+def _template(block: Node, template: str) -> list[Problem]:
+    where = _place(block, "text_template")
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        hint = "a brace that is text is written twice: {{"
+        return [problem_at(where, f"not a template: {error}", hint=hint)]
+    if "" in names:
+        return [problem_at(where, "{} names no column", hint="write the column's name between the braces")]
+    if not names:
+        return [problem_at(where, "names no column", hint="write a column's name in braces, such as {text}")]
+    return []
+
+
+def _padding(block: Node) -> list[Problem]:
+    lines = str(_value(block, "strategy")).startswith("line")
+    if lines and _value(block, "use_attention_mask") is False and _value(block, "pad_to_max_len") is True:
+        message = "without an attention mask the padding of pad_to_max_len would be attended to"
+        hint = "write pad_to_max_len: false, or leave the mask on"
+        return [problem_at(_place(block, "use_attention_mask"), message, hint=hint)]
+    return []

@@ -1,0 +1,190 @@
+"""How far one model is from another, on text.
+
+    P   the reference's next-token distribution at a position      KL      mean of sum P ln(P / Q), nats per token
+    Q   the candidate's                                            top-1   share of positions with the same best token
+                                                                   ppl     exp(mean -ln p(next token)), of each
+
+Every position that has a next token counts once. Both models are loaded from their files and asked batch by batch;
+sums are float64. Peak memory: both models, and two batches of logits (`runners.LOGITS_BYTES` each).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from coldpress.artifacts.base import Artifact
+from coldpress.config.schema import DataConfig
+from coldpress.data.prepare import prepare
+from coldpress.data.tokenizer import Tokenizer
+from coldpress.errors import DataError
+from coldpress.evaluate.runners import LogitsRunner, in_batches, open_runner
+from coldpress.events import Message, Progress, Sink
+from coldpress.passes.base import Context
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["ParityResult", "compare", "parity_sequences", "prove"]
+
+SEQUENCE_TOKENS = 256
+"""Longest sequence compared; longer ones are cut."""
+BATCH = 16
+_ROWS = 256
+"""Positions whose distributions are compared at a time."""
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """A candidate against its reference."""
+
+    kl: float
+    """Mean KL divergence, nats per token; 0 is equal."""
+    top1_agreement: float
+    perplexity_reference: float
+    perplexity: float
+    tokens: int
+    """Positions compared."""
+
+
+def prove(
+    reference: Artifact,
+    candidate: Artifact,
+    context: Context,
+    *,
+    tokens: int = 4096,
+    data_config: str | None = None,
+    held_out: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare two models on text, as the engine records it. See `parity_sequences` for the text."""
+    tokenizer = Tokenizer.load(reference.tokenizer_path)
+    with ExitStack() as stack:
+        first = stack.enter_context(open_runner(reference, trust_remote_code=context.trust_remote_code))
+        second = stack.enter_context(open_runner(candidate, trust_remote_code=context.trust_remote_code))
+        limits = [one.context_length for one in (first, second) if one.context_length is not None]
+        sequences = parity_sequences(
+            tokenizer,
+            tokens=tokens,
+            longest=min([SEQUENCE_TOKENS, *limits]),
+            data=None if data_config is None else context.data(data_config),
+            held_out=held_out,
+        )
+        found = sum(len(one) - 1 for one in sequences)
+        if found < tokens:
+            context.emit(Message("warning", f"there is text for {found} tokens only, not {tokens}", context.step))
+        result = compare(first, second, sequences, emit=context.emit, step=context.step)
+    return dict(vars(result))
+
+
+def parity_sequences(
+    tokenizer: Tokenizer,
+    *,
+    tokens: int,
+    longest: int = SEQUENCE_TOKENS,
+    data: DataConfig | None = None,
+    held_out: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Sequences with at least `tokens` positions to compare: text of `data` first, then the text bundled with Coldpress.
+
+    `held_out` (`size`, `seed`) takes only the part of `data` that a training step with that split did not see.
+    """
+    sequences: list[list[int]] = []
+    count = 0
+
+    def take(ids: Sequence[int]) -> bool:
+        nonlocal count
+        for start in range(0, len(ids), longest):
+            piece = list(ids[start : start + longest])
+            if len(piece) > 1:
+                sequences.append(piece)
+                count += len(piece) - 1
+            if count >= tokens:
+                return True
+        return False
+
+    if data is not None:
+        size, seed = (None, 42) if held_out is None else (held_out["size"], int(held_out["seed"]))
+        prepared = prepare(data, tokenizer, context_length=longest, held_out=size, seed=seed)
+        packed = prepared.train if prepared.held_out is None else prepared.held_out
+        for one in packed.sequences:
+            if take(one.ids):
+                return sequences
+    take(_bundled(tokenizer))
+    if not sequences:
+        raise DataError("there is no text to compare the models on")
+    return sequences
+
+
+def _bundled(tokenizer: Tokenizer) -> list[int]:
+    text = resources.files("coldpress.data").joinpath("parity_text.txt").read_text(encoding="utf-8")
+    return tokenizer.ids(text)
+
+
+def compare(
+    reference: LogitsRunner,
+    candidate: LogitsRunner,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_size: int = BATCH,
+    emit: Sink | None = None,
+    step: str = "",
+) -> ParityResult:
+    """Mean KL, agreement and perplexities over all positions of `sequences`."""
+    sums = _Sums()
+    total = sum(len(one) - 1 for one in sequences)
+    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        batch = [sequences[place] for place in order[start : start + batch_size]]
+        theirs = in_batches(reference, batch, batch_size)
+        ours = in_batches(candidate, batch, batch_size)
+        for (place, p), (other, q) in zip(theirs, ours, strict=True):
+            if place != other:
+                raise AssertionError("both runners must see the sequences in one order")
+            sums.add(p[:-1], q[:-1], batch[place][1:])
+        if emit is not None:
+            emit(Progress(step, sums.tokens, total, "tokens"))
+    return sums.result()
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.kl = self.agree = self.loss_p = self.loss_q = 0.0
+        self.tokens = 0
+
+    def add(
+        self, reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float32], targets: Sequence[int]
+    ) -> None:
+        import numpy as np
+
+        width = min(reference.shape[1], candidate.shape[1])  # a padded vocabulary has scores for no token
+        for start in range(0, len(targets), _ROWS):
+            stop = min(start + _ROWS, len(targets))
+            p, q = _log_softmax(reference[start:stop, :width]), _log_softmax(candidate[start:stop, :width])
+            self.kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            self.agree += float((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+            rows, next_tokens = np.arange(stop - start), np.asarray(targets[start:stop])
+            self.loss_p -= float(p[rows, next_tokens].sum(dtype=np.float64))
+            self.loss_q -= float(q[rows, next_tokens].sum(dtype=np.float64))
+            self.tokens += stop - start
+
+    def result(self) -> ParityResult:
+        n = self.tokens
+        # A candidate that yields NaN must not pass a limit, and NaN is neither above nor below one.
+        kl = self.kl / n if math.isfinite(self.kl) else math.inf
+        return ParityResult(kl, self.agree / n, _perplexity(self.loss_p / n), _perplexity(self.loss_q / n), n)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    import numpy as np
+
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)), np.float32)

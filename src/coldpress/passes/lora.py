@@ -1,0 +1,418 @@
+"""LoRA and QLoRA: train a low-rank adapter on a frozen model (Hu et al. 2021; Dettmers et al. 2023).
+
+The result is the base model by reference, plus `adapter/`: PEFT's files, the tokenizer, and `training.json` with the loss
+of every step. Under QLoRA the frozen linear layers are held in 4 bits while training; the artifact records how, so that
+a merge can add the adapter to the very weights it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from coldpress.artifacts.base import AdapterSpec, Artifact, BaseQuantization, Spec
+from coldpress.config.schema import DataConfig, Frozen
+from coldpress.data.prepare import Prepared, check_masks, clamp, prepare
+from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
+from coldpress.errors import DataError, MissingExtraError, PlanError
+from coldpress.events import Message
+from coldpress.hardware import Hardware, library_versions
+from coldpress.nn.adapters import Targets, decoder_linears, resolve_modules_to_save, resolve_targets
+from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
+
+__all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
+
+
+class LoRAConfig(Frozen):
+    """Parameters of LoRA."""
+
+    train_data_config: str | DataConfig
+    """Data to train on."""
+    eval_data_config: str | DataConfig | None = None
+    """Data to measure the evaluation loss on."""
+    eval_dataset_size: float | int | None = Field(None, gt=0)
+    """Part of the training data to hold out instead: a share below 1, or a number of rows."""
+    r: int = Field(64, ge=1)
+    """Rank of the adapter."""
+    alpha: float = Field(16, gt=0)
+    """The adapter's contribution is scaled by alpha / r."""
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    target_modules: str | tuple[str, ...] | None = None
+    """Linear layers to adapt: names, a regular expression, or all-linear; null is the model's usual attention layers."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules to train whole, besides the adapter."""
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the frozen weights and of the matrix products; the adapter itself is always float32."""
+    device_map: Literal["auto", "current_device"] | None = "auto"
+    """Where the weights go on a machine with GPUs; on the CPU there is one place."""
+    allow_tf32: bool = True
+    """Let NVIDIA GPUs compute float32 products in TF32."""
+    ephemeral_gpu_offload: Literal[False] = False
+    """Not supported; kept so that configs which turn it off stay valid."""
+    training_args: Mapping[str, Any] = Field(default_factory=dict)
+    """Transformers' TrainingArguments."""
+
+
+class QLoRAConfig(LoRAConfig):
+    """Parameters of QLoRA."""
+
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type that 4-bit weights are computed in; null is torch_dtype, and it must equal it."""
+    double_quant: bool = False
+    """Quantize the scales of the 4-bit blocks too."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit data type."""
+    save_quant_config: bool = True
+    """Record the quantization with the adapter, so that a merge goes into the weights it was trained on."""
+
+
+class LoRA:
+    """Train a low-rank adapter on a frozen model."""
+
+    Config: ClassVar[type[LoRAConfig]] = LoRAConfig
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+    preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
+    needs_torch: ClassVar[bool] = True
+
+    def plan(self, config: LoRAConfig, spec: Spec, env: PlanContext) -> Planned:
+        self._require_packages()
+        _refuse(config, spec, env)
+        targets = resolve_targets(config.target_modules, spec.linear_layers(), spec.model_type)
+        resolve_modules_to_save(config.modules_to_save, (tensor.name for tensor in spec.tensors))
+        data = env.data(config.train_data_config)
+        pre = data.pre_process_data_config
+        length, notes = clamp(pre, spec.context_length)
+        try:
+            check_masks(pre)
+        except DataError as error:
+            raise PlanError(f"data config {data.name}: {error.message}", hint=error.hint) from error
+        if targets.note:
+            notes = (targets.note, *notes)
+        notes += _notes(config, env)
+        quantization = self._quantization(config)
+        recorded = quantization if getattr(config, "save_quant_config", True) else None
+        planned = Spec(
+            kind="checkpoint",
+            config=spec.config,
+            tensors=spec.tensors,
+            precision=spec.precision,
+            adapter=AdapterSpec(config.r, config.alpha, targets.names),
+            base_quantization=recorded,
+        )
+        return Planned(planned, _estimate(config, spec, env, targets, quantization, length, data.name), notes)
+
+    def limits(self, config: LoRAConfig, spec: Spec) -> Limits | None:  # noqa: ARG002 - the contract's signature
+        return None  # training changes the model on purpose
+
+    def run(self, config: LoRAConfig, model: Artifact, ctx: Context) -> Artifact:
+        from coldpress.nn import imports
+
+        quantization = self._quantization(config)
+        spec = model.describe()
+        targets = resolve_targets(config.target_modules, spec.linear_layers(), spec.model_type)
+        tokenizer = Tokenizer.load(model.tokenizer_path)
+        prepared = self._data(config, spec, tokenizer, ctx)
+        imports.load_training(quantized=quantization is not None)
+        peft_model = _adapted(config, spec, targets, quantization, model, ctx)
+        report = self._train(config, peft_model, prepared, tokenizer, ctx)
+        folder = ctx.output / "adapter"
+        _save(peft_model, folder, targets)
+        copy_tokenizer(model.tokenizer_path, folder)
+        (folder / "training.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return Artifact(
+            path=ctx.output,
+            kind="checkpoint",
+            model=model.model,
+            adapter=folder,
+            tokenizer=folder,
+            base_quantization=quantization if getattr(config, "save_quant_config", True) else None,
+        )
+
+    def _require_packages(self) -> None:
+        absent = [name for name, version in library_versions(self.libraries).items() if version is None]
+        if absent:
+            raise MissingExtraError(
+                f"{type(self).__name__} needs {', '.join(absent)}, not installed", hint="pip install 'coldpress[cpu]'"
+            )
+
+    def _quantization(self, config: LoRAConfig) -> BaseQuantization | None:  # noqa: ARG002 - QLoRA's looks at it
+        return None
+
+    def _data(self, config: LoRAConfig, spec: Spec, tokenizer: Tokenizer, ctx: Context) -> Prepared:
+        held_out: DataConfig | float | int | None = config.eval_dataset_size
+        if config.eval_data_config is not None:
+            held_out = ctx.data(config.eval_data_config)
+        prepared = prepare(
+            ctx.data(config.train_data_config),
+            tokenizer,
+            context_length=spec.context_length,
+            held_out=held_out,
+            seed=split_seed(config.training_args),
+        )
+        for note in prepared.notes:
+            ctx.emit(Message("warning", note, ctx.step))
+        train, held = prepared.train, prepared.held_out
+        said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {train.loss_tokens} with loss"
+        if held is not None:
+            said += f"; holds out {len(held.sequences)} sequences, {held.tokens} tokens"
+        ctx.emit(Message("info", said, ctx.step))
+        return prepared
+
+    def _train(
+        self, config: LoRAConfig, peft_model: Any, prepared: Prepared, tokenizer: Tokenizer, ctx: Context
+    ) -> Any:
+        from coldpress.nn.train import train
+
+        pre = ctx.data(config.train_data_config).pre_process_data_config
+        arguments, notes = _arguments(config, ctx)
+        for note in notes:
+            ctx.emit(Message("info", note, ctx.step))
+        return train(
+            peft_model,
+            prepared.train.sequences,
+            None if prepared.held_out is None else prepared.held_out.sequences,
+            arguments=arguments,
+            pad_id=tokenizer.pad_id,
+            padding_side=pre.padding_side,
+            use_mask=pre.use_attention_mask,
+            work=ctx.work,
+            step=ctx.step,
+            emit=ctx.emit,
+        )
+
+
+class QLoRA(LoRA):
+    """LoRA on a base held in 4 bits (bitsandbytes)."""
+
+    Config: ClassVar[type[LoRAConfig]] = QLoRAConfig
+    libraries: ClassVar[tuple[str, ...]] = (*LoRA.libraries, "bitsandbytes")
+    preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_quantized",)
+
+    def _quantization(self, config: LoRAConfig) -> BaseQuantization:
+        assert isinstance(config, QLoRAConfig)
+        if config.compute_dtype not in (None, config.torch_dtype):
+            raise PlanError(
+                f"compute_dtype {config.compute_dtype} differs from torch_dtype {config.torch_dtype}",
+                hint="set both to the same, or leave compute_dtype out",
+            )
+        return BaseQuantization(config.quant_type, config.double_quant, config.torch_dtype)
+
+
+def split_seed(arguments: Mapping[str, Any]) -> int:
+    """Seed of the split into training and held-out rows: that of the data, else that of the training, else 42."""
+    for name in ("data_seed", "seed"):
+        if arguments.get(name) is not None:
+            return int(arguments[name])
+    return 42
+
+
+def _refuse(config: LoRAConfig, spec: Spec, env: PlanContext) -> None:
+    """Raise PlanError for what cannot be trained."""
+    if spec.kind != "checkpoint":
+        raise PlanError("an ONNX model cannot be fine-tuned", hint="put this step before the build")
+    if spec.adapter is not None:
+        raise PlanError("the model has an adapter already", hint="put MergeAdapterWeights before this step")
+    if config.eval_data_config is not None and config.eval_dataset_size is not None:
+        raise PlanError("eval_data_config and eval_dataset_size exclude each other", hint="leave one out")
+    on_gpu = env.accelerator.device == "gpu"
+    if on_gpu and not env.hardware.gpus:
+        raise PlanError("the config asks for a GPU, and there is none", hint='set the accelerator\'s device to "cpu"')
+    if config.torch_dtype == "float16" and not on_gpu:
+        raise PlanError("torch_dtype float16 trains on GPUs only", hint="use bfloat16 or float32 on the CPU")
+    held_out = config.eval_data_config is not None or config.eval_dataset_size is not None
+    strategy = str(config.training_args.get("eval_strategy") or "no")
+    if strategy != "no" and not held_out:
+        raise PlanError(
+            f"eval_strategy {strategy} needs data to evaluate on", hint="set eval_dataset_size, or eval_data_config"
+        )
+    optimizer = str(config.training_args.get("optim") or "")
+    if not on_gpu and optimizer.startswith("paged_") and _optimizer_on_cpu(optimizer) is None:
+        raise PlanError(f"optim {optimizer} needs an NVIDIA GPU", hint="use adamw_torch")
+    pre = env.data(config.train_data_config).pre_process_data_config
+    if pre.completion_only_loss and pre.strategy.startswith("join"):
+        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
+
+
+def _notes(config: LoRAConfig, env: PlanContext) -> tuple[str, ...]:
+    notes = []
+    if "output_dir" in config.training_args:
+        notes.append("training_args.output_dir is not used: checkpoints lie in the cache until the step is done")
+    if env.accelerator.device == "cpu":
+        optimizer = str(config.training_args.get("optim") or "")
+        if optimizer.startswith("paged_"):
+            notes.append(f"optim {optimizer} needs an NVIDIA GPU; on the CPU {_optimizer_on_cpu(optimizer)} is used")
+        if config.torch_dtype == "bfloat16" and not env.hardware.fast_bf16:
+            notes.append("this CPU has no bf16 instructions: it computes in float32, which is faster here")
+    return tuple(notes)
+
+
+def _optimizer_on_cpu(name: str) -> str | None:
+    """What stands in for an optimizer with paged memory, which only NVIDIA GPUs have."""
+    return "adamw_torch" if name.startswith("paged_adamw") else None
+
+
+def _arguments(config: LoRAConfig, ctx: Context) -> tuple[dict[str, Any], list[str]]:
+    """Transformers' TrainingArguments: the config's, over what follows from the machine."""
+    on_gpu = ctx.accelerator.device == "gpu"
+    given = {name: value for name, value in config.training_args.items() if name != "output_dir"}
+    notes = []
+    optimizer = str(given.get("optim") or "")
+    if not on_gpu and optimizer.startswith("paged_"):
+        given["optim"] = _optimizer_on_cpu(optimizer)
+        notes.append(f"optim {optimizer} needs an NVIDIA GPU; {given['optim']} is used")
+    if given.get("gradient_checkpointing"):
+        given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    ours: dict[str, Any] = {"bf16": config.torch_dtype == "bfloat16" and (on_gpu or ctx.hardware.fast_bf16)}
+    if on_gpu:
+        ours.update(fp16=config.torch_dtype == "float16", tf32=config.allow_tf32)
+    else:
+        ours.update(use_cpu=True, dataloader_pin_memory=False)
+    merged = {**ours, **given}
+    notes.append(
+        f"computes in {'bfloat16' if merged['bf16'] else 'float16' if merged.get('fp16') else 'float32'} "
+        f"on {'the GPU' if on_gpu else f'{ctx.hardware.threads} CPU threads'}"
+    )
+    return merged, notes
+
+
+def _adapted(
+    config: LoRAConfig,
+    spec: Spec,
+    targets: Targets,
+    quantization: BaseQuantization | None,
+    model: Artifact,
+    ctx: Context,
+) -> Any:
+    """The frozen model with a fresh adapter on it, ready to train."""
+    import peft
+    import torch
+
+    from coldpress.nn.loading import four_bit_layers, load_model
+
+    on_gpu = ctx.accelerator.device == "gpu"
+    slow_bf16 = config.torch_dtype == "bfloat16" and not on_gpu and not ctx.hardware.fast_bf16
+    linear = spec.linear_layers()
+    held_back = tuple(name for name in linear if name not in decoder_linears(linear))
+    base = load_model(
+        model.model,
+        dtype="float32" if (slow_bf16 and quantization is None) or config.torch_dtype == "float16" else config.torch_dtype,
+        trust_remote_code=ctx.trust_remote_code,
+        quantization=quantization,
+        skip_quantization=held_back or ("lm_head",),
+        device_map=_device_map(config) if on_gpu else None,
+    )
+    if quantization is not None:
+        layers = four_bit_layers(base)
+        if set(layers) != set(decoder_linears(linear)):
+            odd = sorted(set(layers) ^ set(decoder_linears(linear)))
+            raise PlanError(f"bitsandbytes quantized other layers than planned, the first: {odd[0]}")
+        if slow_bf16:
+            for layer in layers.values():
+                layer.compute_dtype = torch.float32
+    if config.training_args.get("gradient_checkpointing"):
+        base.enable_input_require_grads()
+        base.config.use_cache = False
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(targets.peft),
+        modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    # The adapter's first values are drawn here, before Trainer seeds; the caller's generator is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(config.training_args.get("seed") or 42))
+        adapted = peft.get_peft_model(base, settings)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _device_map(config: LoRAConfig) -> str | Mapping[str, Any] | None:
+    return {"": 0} if config.device_map == "current_device" else config.device_map
+
+
+def _save(model: Any, folder: Any, targets: Targets) -> None:
+    """PEFT's files. `target_modules` is written as it was resolved: PEFT may have shortened it to something wider."""
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    path = folder / "adapter_config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["target_modules"] = list(targets.peft)
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -- estimates --------------------------------------------------------------------------------------------------------
+
+_PROCESS_BYTES = 500 << 20
+"""torch, Transformers and PEFT loaded."""
+_FLOPS_PER_THREAD = {True: 50e9, False: 25e9}
+"""Reached while training on a CPU, by whether products run in bf16; measured on one machine with AVX512."""
+_GPU_FLOPS = 100e12
+_BYTES_PER_TOKEN = 4.0
+"""Of text, in English."""
+
+
+def _estimate(
+    config: LoRAConfig,
+    spec: Spec,
+    env: PlanContext,
+    targets: Targets,
+    quantization: BaseQuantization | None,
+    length: int,
+    data_name: str,
+) -> Estimate:
+    """Memory: weights, adapter with its optimizer, activations and logits of one batch. Time: 6 operations a weight and token."""
+    linear = spec.linear_layers()
+    width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
+    if config.torch_dtype == "bfloat16" and env.accelerator.device == "cpu" and not env.hardware.fast_bf16:
+        width = 4
+    in_four_bits = sum(rows * columns for rows, columns in decoder_linears(linear).values()) if quantization else 0
+    weights = (spec.parameters - in_four_bits) * width + int(in_four_bits * 0.57)
+    trained = sum(config.r * sum(linear[name]) for name in targets.modules)
+    whole = config.modules_to_save or ()
+    trained += sum(
+        tensor.nbytes // 2 for tensor in spec.tensors if tensor.name.removesuffix(".weight").endswith(tuple(whole) or "\0")
+    )
+    arguments = config.training_args
+    rows = int(arguments.get("per_device_train_batch_size") or 8)
+    tokens = rows * length
+    layers = int(spec.config.get("num_hidden_layers") or 1)
+    hidden = int(spec.config.get("hidden_size") or 1)
+    inner = int(spec.config.get("intermediate_size") or 4 * hidden)
+    kept = 1 if arguments.get("gradient_checkpointing") else layers
+    activations = tokens * (kept * (16 * hidden + 6 * inner) + layers * hidden) * 2
+    logits = tokens * int(spec.config.get("vocab_size") or 1) * (4 + 4 + 2)
+    memory = weights + trained * 16 + activations + logits
+    adapter = trained * 4
+    seconds = 6 * spec.parameters * _total_tokens(config, env, data_name, rows, length) / _speed(env.hardware, env, width)
+    on_gpu = env.accelerator.device == "gpu"
+    return Estimate(
+        ram=_PROCESS_BYTES + (weights if on_gpu else memory),
+        vram=memory if on_gpu else 0,
+        disk=adapter * 8,  # the adapter, and two checkpoints with optimizer states
+        seconds=5.0 + seconds,
+    )
+
+
+def _speed(hardware: Hardware, env: PlanContext, width: int) -> float:
+    return _GPU_FLOPS if env.accelerator.device == "gpu" else hardware.threads * _FLOPS_PER_THREAD[width == 2]
+
+
+def _total_tokens(config: LoRAConfig, env: PlanContext, data_name: str, rows: int, length: int) -> float:
+    arguments = config.training_args
+    size = config.eval_dataset_size
+    share = 1 - size if isinstance(size, float) and size < 1 else 1.0
+    per_epoch = env.data_bytes.get(data_name, 1 << 20) / _BYTES_PER_TOKEN * share
+    total = per_epoch * float(arguments.get("num_train_epochs") or 3)
+    steps = int(arguments.get("max_steps") or -1)
+    if steps > 0:
+        total = min(total, float(steps) * rows * int(arguments.get("gradient_accumulation_steps") or 1) * length)
+    return total

@@ -1,0 +1,124 @@
+"""config.json to Arch: today's keys and the older ones, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldpress.artifacts.arch import FAMILIES, arch_from_config
+from coldpress.artifacts.tensors import TensorSet
+from coldpress.errors import CheckpointError, UnsupportedModelError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+PHI3: dict[str, Any] = {**LLAMA, "model_type": "phi3", "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    "name", ["phi3-7m", "stories1M-char361", "stories260K-hd16"]
+)
+def test_real_checkpoints_hold_what_the_table_expects(shared: Path, name: str) -> None:
+    folder = shared / "models" / name
+    arch = arch_from_config(json.loads((folder / "config.json").read_text()))
+    with TensorSet.open(folder) as tensors:
+        assert dict(arch.expected()) == {info.name: info.shape for info in tensors.infos()}
+
+
+def test_defaults_are_those_of_the_config_class() -> None:
+    arch = arch_from_config(LLAMA)
+    assert (arch.kv_heads, arch.head_dim, arch.norm_eps, arch.context_length) == (4, 16, 1e-6, 2048)
+    assert (arch.rope.kind, arch.rope.dim, arch.rope.theta) == ("default", 16, 10000.0)
+    assert (arch.tied, arch.attention_bias, arch.sliding_window) == (False, False, None)
+    mistral = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 4}
+    assert arch_from_config(mistral).sliding_window == 4096
+    assert arch_from_config({**mistral, "sliding_window": None}).sliding_window is None
+
+
+def test_fused_matrices_are_cut_in_the_order_of_their_rows() -> None:
+    arch = arch_from_config({**PHI3, "num_key_value_heads": 2})
+    assert [(part.tensor, part.first, part.count) for part in arch.qkv(1).parts] == [
+        ("model.layers.1.self_attn.qkv_proj.weight", 0, 64 + 2 * 32)
+    ]
+    gate, up = arch.gate(0).parts[0], arch.up(0).parts[0]
+    assert gate.tensor == up.tensor == "model.layers.0.mlp.gate_up_proj.weight"
+    assert (gate.first, gate.count, up.first, up.count) == (0, 128, 128, 128)
+    assert dict(arch.expected())["model.layers.0.mlp.gate_up_proj.weight"] == (256, 64)
+
+
+def test_biases_belong_to_their_tensors() -> None:
+    names = dict(arch_from_config({**LLAMA, "attention_bias": True, "mlp_bias": True}).expected())
+    assert names["model.layers.0.self_attn.q_proj.bias"] == (64,)
+    assert names["model.layers.1.mlp.down_proj.bias"] == (64,)
+    assert not any(name.endswith("bias") for name, _ in arch_from_config(LLAMA).expected())
+
+
+OLD_AND_NEW: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {**LLAMA, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 512}},
+        {**LLAMA, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0,
+         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}},
+    ),
+    (
+        {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {**LLAMA, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+    ),
+    (
+        {**PHI3, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5,
+         "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        {**PHI3, "original_max_position_embeddings": 32, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "longrope",
+         "partial_rotary_factor": 0.5, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_AND_NEW)
+def test_old_rope_keys_mean_the_same(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert arch_from_config(old) == arch_from_config(new)
+    assert arch_from_config(new).rope.kind != "default"
+
+
+def test_longrope_knows_both_factors_and_their_border() -> None:
+    rope = arch_from_config(OLD_AND_NEW[2][0]).rope
+    assert (rope.kind, rope.dim, rope.original_length) == ("longrope", 8, 32)
+    assert rope.short_factors == (1.0,) * 4
+    assert rope.long_factors == (2.0,) * 4
+    assert rope.parameters == {"factor": 4.0, "original_length": 32}
+
+
+def test_an_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'ministral'.*llama, mistral, phi3.*nearest: mistral"):
+        arch_from_config({**LLAMA, "model_type": "ministral"})
+    with pytest.raises(UnsupportedModelError, match="no model_type"):
+        arch_from_config({})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
+        ({"hidden_size": 66}, CheckpointError, "no multiple"),
+        ({"num_key_value_heads": 3}, CheckpointError, "num_key_value_heads 3"),
+        ({"hidden_act": "relu2"}, UnsupportedModelError, "hidden_act 'relu2'"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "rope type 'spiral'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, CheckpointError, "low_freq_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, CheckpointError, "8 factors"),
+        ({"head_dim": 1}, CheckpointError, "rotary dimensions"),
+    ],
+)
+def test_what_cannot_be_built_is_said(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        arch_from_config({**LLAMA, **change})
+
+
+def test_rows_are_named_by_their_model_type() -> None:
+    assert all(name == row.model_type for name, row in FAMILIES.items())

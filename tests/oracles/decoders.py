@@ -1,0 +1,113 @@
+"""Random tiny decoders made with Transformers, and stepping an ONNX graph with its KV cache in plain ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+__all__ = ["TINY", "Stepper", "steps_of_transformers", "tiny_model"]
+
+_SHORT, _LONG = [1.0 + 0.02 * i for i in range(8)], [1.5 + 0.4 * i for i in range(8)]
+_LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 80, "max_position_embeddings": 128, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_PHI3 = {**_LLAMA, "model_type": "phi3", "original_max_position_embeddings": 128, "pad_token_id": 0}
+_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_LONGROPE = {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG}
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+TINY: Mapping[str, dict[str, Any]] = {
+    "llama-gqa": _LLAMA,
+    "llama-mha-tied": {**_LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama-head-32": {**_LLAMA, "head_dim": 32},
+    "llama-biases": {**_LLAMA, "attention_bias": True, "mlp_bias": True},
+    "llama-linear": {**_LLAMA, **_rope("linear", factor=4.0)},
+    "llama-dynamic": {**_LLAMA, **_rope("dynamic", factor=2.0)},
+    "llama-llama3": {**_LLAMA, **_rope("llama3", **_LLAMA3)},
+    "llama-yarn": {**_LLAMA, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)},
+    "llama-head-24": {**_LLAMA, "head_dim": 24},
+    "llama-head-8": {**_LLAMA, "head_dim": 8},
+    "llama-ragged": {**_LLAMA, "hidden_size": 72, "head_dim": 16, "intermediate_size": 100, "tie_word_embeddings": True},
+    "mistral-window": {**_LLAMA, "model_type": "mistral", "sliding_window": 7},
+    "phi3-gqa": _PHI3,
+    "phi3-mha": {**_PHI3, "num_key_value_heads": 4},
+    "phi3-window": {**_PHI3, "sliding_window": 9},
+    "phi3-partial-16-of-32": {**_PHI3, "hidden_size": 128, **_rope("default", partial_rotary_factor=0.5)},
+    "phi3-partial-24-of-32": {**_PHI3, "hidden_size": 128, **_rope("default", partial_rotary_factor=0.75)},
+    "phi3-longrope": {**_PHI3, "original_max_position_embeddings": 32, **_rope(**{"kind": "longrope"}, **{
+        key: value for key, value in _LONGROPE.items() if key != "rope_type"})},
+    "phi3-longrope-head-8": {
+        **_PHI3, "num_attention_heads": 8, "num_key_value_heads": 4, "original_max_position_embeddings": 32,
+        **_rope("longrope", short_factor=_SHORT[:4], long_factor=_LONG[:4])},
+}  # fmt: skip
+"""Configs by family and what is special about them."""
+
+
+def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A model with logits of order 1 and nothing left at its neutral value, saved in `folder`; returned in float32."""
+    torch.manual_seed(seed)
+    settings = dict(TINY[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 1.2 / parameter.shape[1] ** 0.5)
+        model.get_input_embeddings().weight.mul_(3.0)
+        model.to(dtype)
+        model.save_pretrained(folder)
+        model.float()
+    return model
+
+
+class Stepper:
+    """A graph with its KV cache, fed token by token."""
+
+    def __init__(self, folder: Path, *, threads: int = 1) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self.past: dict[str, np.ndarray] = {}
+        self.mask: np.ndarray | None = None
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits [B, S, V] of new tokens [B, S]; `mask` says which of them count (all)."""
+        new = np.ones_like(ids) if mask is None else mask
+        self.mask = new if self.mask is None else np.concatenate([self.mask, new], axis=1)
+        feed: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": self.mask}
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        for value in self.session.get_inputs():
+            if value.name.startswith("past_key_values"):
+                shape = (len(ids), value.shape[1], 0, value.shape[3])
+                feed[value.name] = self.past.get(value.name, np.zeros(shape, kinds[value.type]))
+        names = [value.name for value in self.session.get_outputs()]
+        found = dict(zip(names, self.session.run(names, feed), strict=True))
+        self.past = {
+            name.replace("present.", "past_key_values."): array for name, array in found.items() if "present" in name
+        }
+        return found["logits"]
+
+
+@torch.no_grad()
+def steps_of_transformers(model: Any, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits [B, T, V] of a prompt and then one token after the other, with Transformers' own KV cache."""
+    out = model(torch.tensor(ids[:, :prompt]), use_cache=True)
+    found = [out.logits]
+    for position in range(prompt, ids.shape[1]):
+        out = model(torch.tensor(ids[:, position : position + 1]), past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits)
+    return torch.cat(found, dim=1).numpy()
