@@ -1,31 +1,29 @@
 """int4 build of the Llama-3.2-1B shape: Coldpress against onnxruntime-genai's builder.
 
-    python benchmarks/build_int4.py [--rounds 3] [--model FOLDER] [--peer-python PYTHON] [--json FILE]
+    python benchmarks/build_int4.py [--rounds 3] [--model FOLDER] [--peer-python PYTHON]
 
-The model has the sizes of Llama-3.2-1B and random bf16 weights (2.5 GB); it is made once. Both sides start as a process
-of their own, in turn, on files that are in the page cache, and only write: nothing is proved here. Peaks are sampled every
-20 ms over the process tree: anonymous memory, and resident memory with the mapped files in it. The peer lives in
-`benchmarks/.envs/genai`, made when it is missing.
+The model has the sizes of Llama-3.2-1B and random bf16 weights (2.5 GB); it is made once. Each side is a process of its
+own that only writes: nothing is proved here. The input is in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import venv
-from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
-PEER_PACKAGES = ("torch==2.13.0", "transformers==5.23.0", "onnxruntime==1.32.0", "onnxruntime-genai==0.18.0",
-                 "onnx==1.23.2", "onnx-ir==1.1.0")  # fmt: skip
+from side_by_side import Measured, alternate, measure, peer_python, report
+
+PEER = (
+    "torch==2.13.0", "transformers==5.23.0", "onnxruntime==1.32.0", "onnxruntime-genai==0.18.0", "onnx==1.23.2",
+    "onnx-ir==1.1.0",
+)  # fmt: skip
 BAR_TIME, BAR_ANONYMOUS = 0.3, 1.5e9
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,18 +66,6 @@ TOKENIZER = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    side: str
-    seconds: float
-    anonymous: int
-    """Peak, bytes."""
-    resident: int
-    """Peak, bytes, mapped files included."""
-    output: int
-    """Bytes written."""
-
-
 def make_model(folder: Path) -> None:
     """Random bf16 weights, one tensor at a time; standard deviation 0.02."""
     import ml_dtypes
@@ -94,7 +80,7 @@ def make_model(folder: Path) -> None:
     print(f"making the model in {folder}", flush=True)
     rng = np.random.default_rng(0)
 
-    def produce(shape: tuple[int, ...]) -> np.ndarray:
+    def produce(shape: tuple[int, ...]) -> Any:
         if len(shape) == 1:
             return np.ones(shape, ml_dtypes.bfloat16)
         return (rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
@@ -124,99 +110,40 @@ def write_only(source: Path, target: Path) -> None:
         raise SystemExit("the builder imported torch")
 
 
-def measure(side: str, command: list[str], target: Path) -> Measured:
-    """Run a command that fills `target`, and watch its process tree."""
-    import psutil
-
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    anonymous = resident = 0
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        root = psutil.Process(process.pid)
-        while process.poll() is None:
-            a = r = 0
-            try:
-                for each in [root, *root.children(recursive=True)]:
-                    memory = each.memory_info()
-                    r += memory.rss
-                    a += memory.rss - getattr(memory, "shared", 0)
-            except psutil.Error:
-                continue
-            anonymous, resident = max(anonymous, a), max(resident, r)
-            time.sleep(0.02)
-        seconds = time.perf_counter() - start
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(f"{side} ended with {process.returncode}:\n{log.read().decode(errors='replace')[-4000:]}")
-    output = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Measured(side, seconds, anonymous, resident, output)
-
-
-def peer_python(given: str | None) -> str:
-    if given is not None:
-        return given
-    folder = HERE / ".envs" / "genai"
-    program = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if not program.exists():
-        print(f"making the peer's environment in {folder}", flush=True)
-        venv.create(folder, with_pip=True)
-        subprocess.run([str(program), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True)
-    return str(program)
-
-
-def table(rows: list[Measured]) -> None:
-    from importlib.metadata import version
-
-    from coldpress.hardware import detect
-
-    machine = detect()
-    sides = {side: [row for row in rows if row.side == side] for side in ("genai", "coldpress")}
-    middle = {
-        side: [statistics.median(getattr(row, key) for row in found) for key in ("seconds", "anonymous", "resident", "output")]
-        for side, found in sides.items()
-    }
-    print(f"\n{machine.processor}, {machine.cores} cores; Python {platform.python_version()}, "
-          + ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba", "onnx-ir"))
-          + f"; peer {', '.join(PEER_PACKAGES[2:4])}; median of {len(sides['genai'])} rounds")  # fmt: skip
-    print(f"{'':12}{'seconds':>10}{'anonymous GB':>14}{'resident GB':>13}{'written GB':>12}")
-    for side, (seconds, anonymous, resident, output) in middle.items():
-        print(f"{side:12}{seconds:>10.2f}{anonymous / 1e9:>14.3f}{resident / 1e9:>13.3f}{output / 1e9:>12.3f}")
-    ratios = [ours / theirs for ours, theirs in zip(middle["coldpress"], middle["genai"], strict=True)]
-    print(f"{'ratio':12}{ratios[0]:>10.3f}{ratios[1]:>14.3f}{ratios[2]:>13.3f}{ratios[3]:>12.3f}")
-    held = ratios[0] <= BAR_TIME and middle["coldpress"][1] <= BAR_ANONYMOUS
-    print(f"bar: {BAR_TIME} of the time, {BAR_ANONYMOUS / 1e9} GB anonymous: {'held' if held else 'MISSED'}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "coldpress-llama-1b-shape")
     parser.add_argument("--peer-python", help="a Python that has onnxruntime-genai 0.18")
-    parser.add_argument("--json", type=Path, help="write every measurement there")
     parser.add_argument("--write-only", nargs=2, type=Path, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write_only is not None:
         write_only(*options.write_only)
         return
     make_model(options.model)
-    python, out = peer_python(options.peer_python), options.model.with_name(options.model.name + "-out")
+    theirs = options.peer_python or peer_python("genai", PEER)
+    out = options.model.with_name(options.model.name + "-out")
+
+    def run(side: str, command: list[str]) -> Measured:
+        shutil.rmtree(out / side, ignore_errors=True)
+        (out / side).mkdir(parents=True)
+        measured = measure([*command, str(out / side)])
+        written = sum(file.stat().st_size for file in (out / side).rglob("*") if file.is_file())
+        print(f"{side}: {measured.seconds:.2f} s, {measured.peak_anonymous / 1e6:.0f} MB anonymous, "
+              f"{measured.peak_resident / 1e6:.0f} MB resident, {written / 1e6:.0f} MB written", flush=True)  # fmt: skip
+        return measured
+
     builder = ["-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-    commands = {
-        "coldpress": [sys.executable, str(Path(__file__)), "--write-only", str(options.model), str(out / "coldpress")],
-        "genai": [python, *builder, "-i", str(options.model), "-o", str(out / "genai"), "-c", str(out / "cache")],
-    }
-    rows = []
-    for number in range(options.rounds):
-        for side, command in commands.items():
-            row = measure(side, command, out / side)
-            rows.append(row)
-            print(f"round {number + 1} {side:10} {row.seconds:7.2f} s, {row.anonymous / 1e9:.3f} GB anonymous, "
-                  f"{row.resident / 1e9:.3f} GB resident, {row.output / 1e9:.3f} GB written", flush=True)  # fmt: skip
-    table(rows)
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    source = str(options.model)
+    ours, peer = alternate(
+        lambda: run("coldpress", [sys.executable, __file__, "--write-only", source]),
+        lambda: run("genai", [theirs, *builder, "-i", source, "-c", str(out / "cache"), "-o"]),
+        options.rounds,
+    )
+    print("\n" + report("int4 build, Llama-3.2-1B shape", ours, peer, peer_name="onnxruntime-genai 0.18", bar=BAR_TIME))
+    print(", ".join(f"{name} {version(name)}" for name in ("numpy", "numba", "onnx-ir")) + f"; peer: {', '.join(PEER)}")
+    anonymous = statistics.median(run.peak_anonymous for run in ours)
+    print(f"bar {BAR_ANONYMOUS / 1e9} GB anonymous: {'reached' if anonymous <= BAR_ANONYMOUS else 'NOT reached'}")
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any, Protocol
 
 from coldpress.artifacts.base import Artifact, read_json
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import CheckpointError, MissingExtraError, UsageError
+from coldpress.evaluate.runners import TorchRunner
 
 __all__ = ["Generator", "Sampling", "open_generator", "resolve_model"]
 
@@ -89,16 +91,12 @@ class _GenAI:
         parameters.set_search_options(**options)
         generator = self._og.Generator(self._model, parameters)
         generator.append_tokens(ids)
-        made: list[int] = []
-        shown = ""
+        yield from _pieces(self._tokenizer, self._tokens(generator))
+
+    def _tokens(self, generator: Any) -> Iterator[int]:
         while not generator.is_done():
             generator.generate_next_token()
-            made.append(int(generator.get_next_tokens()[0]))
-            text = self._tokenizer.backend.decode(made, skip_special_tokens=True)
-            # An unfinished character decodes to U+FFFD: wait for its next byte.
-            if len(text) > len(shown) and not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
+            yield int(generator.get_next_tokens()[0])
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         return _render(self._tokenizer, messages)
@@ -108,34 +106,68 @@ class _Torch:
     """A checkpoint, with its adapter if it has one, on Transformers."""
 
     def __init__(self, artifact: Artifact, trust_remote_code: bool) -> None:
-        from coldpress.nn.loading import load_for_inference, load_tokenizer
-
-        self._tokenizer = load_tokenizer(artifact, trust_remote_code=trust_remote_code)
-        self._model = load_for_inference(artifact, trust_remote_code=trust_remote_code)
-        self._rendering = Tokenizer.load(artifact.tokenizer_path)
+        self._tokenizer = Tokenizer.load(artifact.tokenizer_path)
+        runner = TorchRunner(
+            artifact.model,
+            adapter=artifact.adapter,
+            base_quantization=artifact.base_quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        self._model = runner.model
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         import threading
 
         import torch
-        from transformers import TextIteratorStreamer
 
-        encoded = self._tokenizer(prompt, return_tensors="pt")
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _TokenQueue()
         options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        thread = threading.Thread(
-            target=self._model.generate, kwargs={**encoded, **options, "streamer": streamer}, daemon=True
-        )
+        ids = torch.tensor([self._tokenizer.backend.encode(prompt).ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        work = {**inputs, **options, "streamer": streamer, "pad_token_id": self._tokenizer.pad_id}
+        thread = threading.Thread(target=self._model.generate, kwargs=work, daemon=True)
         thread.start()
-        yield from streamer
+        yield from _pieces(self._tokenizer, streamer)
         thread.join()
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        return _render(self._rendering, messages)
+        return _render(self._tokenizer, messages)
+
+
+class _TokenQueue:
+    """What `generate` calls a streamer: it is given the prompt once, then every new token."""
+
+    def __init__(self) -> None:
+        self._queue: Queue[int | None] = Queue()
+        self._prompt_seen = False
+
+    def put(self, tokens: Any) -> None:
+        if self._prompt_seen:
+            self._queue.put(int(tokens.reshape(-1)[0]))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._queue.get()) is not None:
+            yield token
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Text as its tokens come; an unfinished character (U+FFFD) waits for its next byte."""
+    made: list[int] = []
+    shown = ""
+    for token in tokens:
+        made.append(token)
+        text = tokenizer.backend.decode(made, skip_special_tokens=True)
+        if len(text) > len(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:

@@ -89,7 +89,7 @@ def parity_sequences(
     data: DataConfig | None = None,
     held_out: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Sequences with at least `tokens` positions to compare: text of `data` first, then the text bundled with Coldpress.
+    """Sequences with at least `tokens` positions to compare: text of `data` first, then the bundled text.
 
     `held_out` (`size`, `seed`) takes only the part of `data` that a training step with that split did not see.
     """

@@ -23,9 +23,7 @@ LLAMA: dict[str, Any] = {
 PHI3: dict[str, Any] = {**LLAMA, "model_type": "phi3", "max_position_embeddings": 128}
 
 
-@pytest.mark.parametrize(
-    "name", ["phi3-7m", "stories1M-char361", "stories260K-hd16"]
-)
+@pytest.mark.parametrize("name", ["phi3-7m", "stories1M-char361", "stories260K-hd16"])
 def test_real_checkpoints_hold_what_the_table_expects(shared: Path, name: str) -> None:
     folder = shared / "models" / name
     arch = arch_from_config(json.loads((folder / "config.json").read_text()))
@@ -75,7 +73,8 @@ OLD_AND_NEW: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
         {**PHI3, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5,
          "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
-        {**PHI3, "original_max_position_embeddings": 32, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "longrope",
+        {**PHI3, "original_max_position_embeddings": 32, "rope_parameters": {"rope_theta": 10000.0,
+         "rope_type": "longrope",
          "partial_rotary_factor": 0.5, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
     ),
 ]  # fmt: skip

@@ -22,13 +22,17 @@ def build(tmp_path: Path) -> Callable[..., Path]:
     """build(checkpoint, bits=None, embedding_bits=None, **form) -> folder with model.onnx."""
     count = 0
 
-    def make(source: Path, bits: int | None = None, embedding_bits: int | None = None, **form: Any) -> Path:
+    def make(
+        source: Path, bits: int | dict[str, int] | None = None, embedding_bits: int | None = None, **form: Any
+    ) -> Path:
         nonlocal count
         count += 1
         target = tmp_path / f"graph{count}"
         target.mkdir()
         arch = arch_from_config(json.loads((source / "config.json").read_text()))
-        chosen = {} if bits is None else {name: bits for name, _ in products(arch)}
+        chosen: dict[str, int] = (
+            dict(bits) if isinstance(bits, dict) else {name: bits for name, _ in products(arch) if bits is not None}
+        )
         if embedding_bits is not None:
             chosen[EMBEDDING] = embedding_bits
         with TensorSet.open(source) as tensors:

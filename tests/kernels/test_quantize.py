@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from oracles.quantization import best_scale_error, dequantize_block_by_block, round_to_nearest
 
 from coldpress.kernels.quantize import BLOCK_SIZES, NonFiniteWeightError, dequantize, quantize, unpack
+from oracles.quantization import best_scale_error, dequantize_block_by_block, round_to_nearest
 
 CASES = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 
@@ -83,15 +83,13 @@ def test_bf16_as_raw_bits_and_read_only_unaligned_memory() -> None:
     st.sampled_from([1, 5]),
 )
 @settings(max_examples=150, deadline=None)
-def test_no_weight_moves_by_more_than_a_step(
-    w: np.ndarray, case: tuple[int, bool], size: int, candidates: int
-) -> None:
+def test_no_weight_moves_by_more_than_a_step(w: np.ndarray, case: tuple[int, bool], size: int, candidates: int) -> None:
     bits, symmetric = case
     got = quantize(w, bits=bits, block_size=size, symmetric=symmetric, candidates=candidates)
     back = dequantize(got, bits=bits, k=w.shape[1])
     steps = np.repeat(np.abs(got.scales), size, axis=1)[:, : w.shape[1]]
-    # Half a step from rounding; the symmetric range ends one step short on the side opposite to the peak, and a searched
-    # scale may be smaller by 0.9 of 8 levels, so the peak may lie 1.9 steps outside.
+    # Half a step from rounding; the symmetric range ends one step short on the side opposite to the peak, and a
+    # searched scale may be smaller by 0.9 of 8 levels, so the peak may lie 1.9 steps outside.
     limit = (0.5 if candidates == 1 and not symmetric else 1.0 if candidates == 1 else 2.5) * steps
     spans = np.repeat(np.abs(w).max(axis=1), w.shape[1]).reshape(w.shape)
     assert np.all(np.abs(back - w) <= limit * 1.001 + np.maximum(spans * 1e-5, 2e-30))

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.rope import frequencies
 
 from coldpress.kernels.rope import ROPE_KINDS, cos_sin, inverse_frequencies
+from oracles.rope import frequencies
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},

@@ -39,14 +39,15 @@ TINY: Mapping[str, dict[str, Any]] = {
     "llama-yarn": {**_LLAMA, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)},
     "llama-head-24": {**_LLAMA, "head_dim": 24},
     "llama-head-8": {**_LLAMA, "head_dim": 8},
-    "llama-ragged": {**_LLAMA, "hidden_size": 72, "head_dim": 16, "intermediate_size": 100, "tie_word_embeddings": True},
+    "llama-ragged": {
+        **_LLAMA, "hidden_size": 72, "head_dim": 16, "intermediate_size": 100, "tie_word_embeddings": True},
     "mistral-window": {**_LLAMA, "model_type": "mistral", "sliding_window": 7},
     "phi3-gqa": _PHI3,
     "phi3-mha": {**_PHI3, "num_key_value_heads": 4},
     "phi3-window": {**_PHI3, "sliding_window": 9},
     "phi3-partial-16-of-32": {**_PHI3, "hidden_size": 128, **_rope("default", partial_rotary_factor=0.5)},
     "phi3-partial-24-of-32": {**_PHI3, "hidden_size": 128, **_rope("default", partial_rotary_factor=0.75)},
-    "phi3-longrope": {**_PHI3, "original_max_position_embeddings": 32, **_rope(**{"kind": "longrope"}, **{
+    "phi3-longrope": {**_PHI3, "original_max_position_embeddings": 32, **_rope(kind="longrope", **{
         key: value for key, value in _LONGROPE.items() if key != "rope_type"})},
     "phi3-longrope-head-8": {
         **_PHI3, "num_attention_heads": 8, "num_key_value_heads": 4, "original_max_position_embeddings": 32,
@@ -68,10 +69,9 @@ def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, s
             else:
                 parameter.copy_(torch.randn_like(parameter) * 1.2 / parameter.shape[1] ** 0.5)
         model.get_input_embeddings().weight.mul_(3.0)
-        model.to(dtype)
-        model.save_pretrained(folder)
-        model.float()
-    return model
+        model.to(dtype).save_pretrained(folder)
+    # Read again: narrowing also narrowed the rope's frequencies, which a checkpoint does not hold.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 class Stepper:

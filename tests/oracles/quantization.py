@@ -55,7 +55,7 @@ def dequantize_block_by_block(
     codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, k: int
 ) -> np.ndarray:
     """The weights that MatMulNBits multiplies with, read from its packed layout byte by byte; float64 [n, k]."""
-    n, blocks, width = codes.shape
+    n, _, width = codes.shape
     size = width * 8 // bits
     out = np.zeros((n, k))
     for row in range(n):

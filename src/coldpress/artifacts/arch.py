@@ -1,7 +1,7 @@
 """What the builder must know of a decoder: sizes, weight names, rope, biases. Architectures are rows of a table.
 
-A new dense family whose block is `x + attention(norm(x))`, `x + mlp(norm(x))` with RMSNorm and a gated MLP is one row of
-`FAMILIES` and one parity test.
+A new dense family whose block is `x + attention(norm(x))`, `x + mlp(norm(x))` with RMSNorm and a gated MLP is one row
+of `FAMILIES` and one parity test.
 """
 
 from __future__ import annotations
@@ -155,9 +155,7 @@ class Arch:
         return self._linear(layer, self.family.qkv, counts, self.hidden, self.attention_bias)
 
     def o(self, layer: int) -> Linear:
-        return self._linear(
-            layer, (self.family.o,), (self.hidden,), self.heads * self.head_dim, self.attention_bias
-        )
+        return self._linear(layer, (self.family.o,), (self.hidden,), self.heads * self.head_dim, self.attention_bias)
 
     def gate(self, layer: int) -> Linear:
         return self._half_of_gate_up(layer, 0)
@@ -287,7 +285,9 @@ def _rope(family: Family, values: Mapping[str, Any], head_dim: int) -> Rope:
     dim = int(head_dim * partial)
     length = int(values["max_position_embeddings"])
     # Phi-3 keeps the original length beside the rope parameters, and there it wins (as in Transformers).
-    original = int(values.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or length)
+    original = int(
+        values.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or length
+    )
     parameters: dict[str, Any] = {key: raw[key] for key in (*required, *optional) if raw.get(key) is not None}
     short, long = (tuple(map(float, parameters.pop(key, ()))) for key in ("short_factor", "long_factor"))
     if kind == "longrope":

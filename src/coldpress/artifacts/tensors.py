@@ -92,7 +92,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name.startswith(("bfloat", "float8")):
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
     return np.dtype(name)
 
 
@@ -106,7 +107,9 @@ class TensorFile:
         try:
             self._file: IO[bytes] = path.open("rb")
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened: {error.strerror}", hint="is the model complete?") from error
+            raise CheckpointError(
+                f"{path} cannot be opened: {error.strerror}", hint="is the model complete?"
+            ) from error
         try:
             self._places = self._parse()
         except BaseException:
@@ -116,7 +119,9 @@ class TensorFile:
     def _parse(self) -> dict[str, _Place]:
         size = os.fstat(self._file.fileno()).st_size
         if size < 8:
-            raise CheckpointError(f"{self.path}: a safetensors file starts with 8 bytes, this one has {size}", hint=_TORN)
+            raise CheckpointError(
+                f"{self.path}: a safetensors file starts with 8 bytes, this one has {size}", hint=_TORN
+            )
         (length,) = struct.unpack("<Q", self._file.read(8))
         if length > MAX_HEADER or length + 8 > size:
             raise CheckpointError(
@@ -151,7 +156,7 @@ class TensorFile:
         dtype, width = _DTYPES[code]
         if end - begin != math.prod(shape) * width:
             raise CheckpointError(
-                f"{self.path}: {name!r} of shape {list(shape)} and dtype {code} takes {math.prod(shape) * width} bytes, "
+                f"{self.path}: {name!r} of shape {list(shape)}, dtype {code}, takes {math.prod(shape) * width} bytes, "
                 f"its offsets {begin}..{end} span {end - begin}",
                 hint=_TORN,
             )
@@ -353,7 +358,8 @@ def _write_array(file: IO[bytes], info: TensorInfo, array: npt.NDArray[Any]) -> 
 
     if array.dtype != numpy_dtype(info.dtype) or array.shape != info.shape:
         raise ValueError(
-            f"{info.name!r} was announced as {info.dtype} {list(info.shape)}, produced as {array.dtype} {list(array.shape)}"
+            f"{info.name!r} was announced as {info.dtype} {list(info.shape)}, "
+            f"produced as {array.dtype} {list(array.shape)}"
         )
     if array.nbytes:
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -89,6 +89,7 @@ class _Finder:
 
     def problems(self, errors: Sequence[_Error]) -> list[Problem]:
         found: list[Problem] = []
+        errors = self.without_foreign_branches(errors)
         unknown = [error for error in errors if error["type"] == "extra_forbidden"]
         found.extend(self.unknown_keys(unknown))
         groups: dict[tuple[int, str], list[_Error]] = {}
@@ -105,6 +106,25 @@ class _Finder:
             if problem is not None:
                 found.append(problem)
         return found
+
+    def without_foreign_branches(self, errors: Sequence[_Error]) -> list[_Error]:
+        """Of a union of a free mapping and a typed one (`type: ...`), a mapping without a type is the free one."""
+        free: set[int] = set()
+        tagged: list[tuple[_Error, Node, str]] = []
+        for error in errors:
+            node, tag = self.first_branch(error["loc"])
+            tagged.append((error, node, tag))
+            if tag.startswith("dict[") and node.get("type") is None:
+                free.add(id(node))
+        return [error for error, node, tag in tagged if id(node) not in free or not tag[:1].isupper()]
+
+    def first_branch(self, loc: Sequence[int | str]) -> tuple[Node, str]:
+        """The first node of a location that is a union, and the branch; no branch where there is no union."""
+        for end in range(1, len(loc) + 1):
+            node, rest = self.locate(loc[:end])
+            if rest:
+                return node, str(rest[0])
+        return self.root, ""
 
     def deeper_branches(self, groups: Mapping[tuple[int, str], list[_Error]]) -> set[int]:
         """Nodes that fit no branch of a union while one branch got further in: only the further errors are told."""
@@ -254,7 +274,8 @@ def _choices(error: _Error) -> list[str]:
     expected = str(error.get("ctx", {}).get("expected", ""))
     if error["type"] not in ("literal_error", "enum"):
         return []
-    return [part.strip().strip("'\"") for part in expected.replace(" or ", ", ").split(", ") if part.strip()]
+    parts = [part.strip().strip("'\"") for part in expected.replace(" or ", ", ").split(", ") if part.strip()]
+    return [{"True": "true", "False": "false", "None": "null"}.get(part, part) for part in parts]
 
 
 def _descendants(node: Node) -> list[Node]:

@@ -129,8 +129,10 @@ def _load(
 def _in_order(problems: Sequence[Problem], file: str) -> tuple[Problem, ...]:
     """In the order of the file, each once, with the file's name."""
     named = [problem if problem.file else dataclasses.replace(problem, file=file) for problem in problems]
-    unique = list(dict.fromkeys(named))
-    return tuple(sorted(unique, key=lambda item: (item.line is None, item.line or 0, item.column or 0)))
+    unique: dict[object, Problem] = {}
+    for item in named:  # an anchor and its aliases stand at one place
+        unique.setdefault((item.file, item.line or item.path, item.column, item.message), item)
+    return tuple(sorted(unique.values(), key=lambda item: (item.line is None, item.line or 0, item.column or 0)))
 
 
 def _read(path: Path) -> tuple[Node, list[Problem]]:

@@ -132,6 +132,11 @@ class Rewriting:
         parent.damaged = True
         self.problems.append(problem_at(node, message, hint=hint, at_key=True))
 
+    def refuse_silently(self, parent: Node, key: str) -> None:
+        """Take out what a reported problem has made unreadable."""
+        parent.members.pop(key, None)
+        parent.damaged = True
+
     def drop(
         self, parent: Node, key: str, why: str, *, rule: str, warn: bool = False, dialect: str | None = None
     ) -> None:

@@ -186,9 +186,18 @@ def _nothing(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 def _data_files(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     node = parent.members["data_files"]
-    kind = (node.text("type") or "").lower()
-    if kind in RESOURCE_KEYS and kind != "azureml_client":
+    given = node.get("type")
+    if given is None:
+        return
+    kinds = [kind for kind in RESOURCE_KEYS if kind != "azureml_client"]
+    kind = str(given.value).lower()
+    if kind in kinds:
         resource(rw, node, kind)
+        return
+    close = nearest(kind, kinds)
+    hint = f"did you mean {close}?" if close else f"one of: {', '.join(kinds)}"
+    rw.refuse(node, "type", f"there is no resource of type {given.value!r}", hint)
+    rw.refuse_silently(parent, "data_files")
 
 
 def _dataloader(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:

@@ -279,6 +279,20 @@ def _accelerators(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             item.value = {"device": from_plain(item.value, item.path, item)}
 
 
+def _old_device(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """`device: gpu` on the system itself, older than accelerators."""
+    node = parent.members["device"]
+    if parent.get("accelerators") is not None:
+        rw.refuse(parent, "device", "the accelerators name the device", "remove it")
+        return
+    del parent.members["device"]
+    accelerator = from_plain({}, node.path, node)
+    accelerator.members["device"] = node
+    parent.members["accelerators"] = from_plain([], node.path, node)
+    parent.members["accelerators"].elements.append(accelerator)
+    rw.told(rule.name, node, f"{at}.accelerators.0.device")
+
+
 def _device(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     node = parent.members["device"]
     if isinstance(node.value, str):
@@ -385,6 +399,7 @@ RULES: tuple[Rule, ...] = (
     *(Rule("workflow", key, Custom(_forget), None, lambda node: node.value is None) for key in _OPTIONAL),
     *_rows("workflow", _ROWS),
     Rule("systems", "*", Custom(_system_types)),
+    Rule("system", "device", Custom(_old_device), V06),
     Rule("system", "accelerators", Custom(_accelerators), V06, lambda node: _has_text(node)),
     Rule("system", "accelerators", Custom(_accelerators), None, lambda node: not _has_text(node)),
     Rule("system", "olive_managed_env", Drop("nothing to do"), None, _off),

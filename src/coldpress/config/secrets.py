@@ -17,7 +17,7 @@ _SECRET_KEY = re.compile(
 _PLAIN_TOKENS = re.compile(r"(^|_)(pad|eos|bos|unk|sep|cls|mask|image|special|stop|start|end)_token$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|"
-    r"AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{8,}|AccountKey=|SharedAccessSignature|[?&]sig=)"
+    r"AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{8,})|AccountKey=|SharedAccessSignature|[?&]sig="
 )
 _SHORT = 8
 """No token has fewer characters."""

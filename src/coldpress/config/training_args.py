@@ -147,7 +147,7 @@ def check_training_args(args: Mapping[str, Any], legacy: Iterable[str] = ()) -> 
             if name in _REFUSED:
                 problems.append(ArgumentProblem(name, *_REFUSED[name], at_key=True))
                 continue
-            close = nearest(name, [*table, *legacy])
+            close = nearest(name, [*(known for known in table if known not in _REFUSED), *legacy])
             hint = f"did you mean {close}?" if close else "Transformers has no such training argument"
             problems.append(ArgumentProblem(name, "unknown training argument", hint, at_key=True))
         elif name in _REFUSED and value not in (None, False, "", argument.default):
@@ -168,6 +168,8 @@ def _report_to(value: Any) -> ArgumentProblem | None:
 
 def _check_value(argument: TrainingArgument, value: Any) -> ArgumentProblem | None:
     name = argument.name
+    if type(value) is type(argument.default) and value == argument.default:
+        return None
     kind = _json_type(value)
     accepted = {*argument.types, *(("int",) if "float" in argument.types else ())}
     if "float" in accepted or "int" in accepted:

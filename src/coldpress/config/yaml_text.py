@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,9 @@ def parse_yaml(text: str) -> tuple[Node, list[Problem]]:
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        root: Any = YAML(typ="safe", pure=True).compose(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an anchor that is set twice is right YAML
+            root: Any = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else None

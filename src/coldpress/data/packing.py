@@ -66,9 +66,9 @@ class Packed:
         """What was left out, in words."""
         said = []
         if self.cut_rows:
-            said.append(f"{self.cut_rows} of {self.rows} rows are longer than {max_seq_len} tokens: their ends are left out")
+            said.append(f"{self.cut_rows} of {self.rows} rows exceed {max_seq_len} tokens: their ends are left out")
         if self.dropped_rows:
-            said.append(f"{self.dropped_rows} of {self.rows} rows do not fit into {max_seq_len} tokens and are left out")
+            said.append(f"{self.dropped_rows} of {self.rows} rows do not fit {max_seq_len} tokens: left out")
         if self.dropped_tokens:
             said.append(f"{self.dropped_tokens} tokens are in no sequence")
         return tuple(said)
@@ -96,7 +96,9 @@ def pack(
             )
         packed = _JOINED[strategy](rows, max_seq_len, list(joiner), stride, max_samples, seed, retries)
     else:
-        chosen = _drawn(rows, max_samples, seed, retries, max_seq_len if drop_short else 0) if "random" in strategy else rows
+        chosen = (
+            _drawn(rows, max_samples, seed, retries, max_seq_len if drop_short else 0) if "random" in strategy else rows
+        )
         packed = _line_by_line(chosen, max_seq_len, completion_only, drop_short, max_samples)
     if not packed.sequences:
         total = sum(len(row.ids) for row in rows)
@@ -155,10 +157,10 @@ def _join(
     rows: Sequence[Encoded],
     max_seq_len: int,
     joiner: list[int],
-    stride: int | None,  # noqa: ARG001 - the strategies share one signature
+    stride: int | None,
     max_samples: int | None,
-    seed: int | None,  # noqa: ARG001
-    retries: int,  # noqa: ARG001
+    seed: int | None,
+    retries: int,
 ) -> Packed:
     stream = _stream(rows, joiner)
     whole = len(stream) // max_seq_len
@@ -175,8 +177,8 @@ def _sliding(
     joiner: list[int],
     stride: int | None,
     max_samples: int | None,
-    seed: int | None,  # noqa: ARG001
-    retries: int,  # noqa: ARG001
+    seed: int | None,
+    retries: int,
 ) -> Packed:
     if stride is None or stride > max_seq_len:
         raise DataError(
@@ -200,7 +202,7 @@ def _join_random(
     rows: Sequence[Encoded],
     max_seq_len: int,
     joiner: list[int],
-    stride: int | None,  # noqa: ARG001
+    stride: int | None,
     max_samples: int | None,
     seed: int | None,
     retries: int,

@@ -17,7 +17,17 @@ from coldpress.data.templates import Encoded, Rendered, encode, render_all
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 
-__all__ = ["LengthStatistics", "Prepared", "Preview", "clamp", "check_masks", "prepare", "preview", "texts_of"]
+__all__ = [
+    "LengthStatistics",
+    "Prepared",
+    "Preview",
+    "PreviewSample",
+    "check_masks",
+    "clamp",
+    "prepare",
+    "preview",
+    "texts_of",
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,9 @@ def clamp(config: PreProcess, context_length: int | None) -> tuple[int, tuple[st
     asked = config.max_seq_len
     if context_length is None or asked <= context_length:
         return asked, ()
-    return context_length, (f"max_seq_len {asked} is beyond the model's context of {context_length}, which is used instead",)
+    return context_length, (
+        f"max_seq_len {asked} is beyond the model's context of {context_length}, which is used instead",
+    )
 
 
 def check_masks(config: PreProcess) -> None:

@@ -1,8 +1,8 @@
 """Records of a data config: rows as they lie in files, or in a hub data set.
 
-Local files that are plain text, JSON, CSV or Parquet are read directly (JSON by the standard library, so that a bad line is
-named; CSV and Parquet by pyarrow, which is what `datasets` itself uses): importing `datasets` and copying the rows into
-its cache takes over a second and leaves a copy behind. Hub data sets and compressed files go through `datasets`.
+Local files that are plain text, JSON, CSV or Parquet are read directly (JSON by the standard library, so that a bad
+line is named; CSV and Parquet by pyarrow, which is what `datasets` itself uses): importing `datasets` and copying the
+rows into its cache takes over a second and leaves a copy behind. Hub data sets and compressed files go through it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def _expand(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if any(sign in name for sign in "*?["):
-        found = sorted(Path(match) for match in glob.glob(name) if Path(match).is_file())
+        matches = glob.glob(name)  # noqa: PTH207 - absolute patterns, which Path.glob does not take
+        found = sorted(Path(match) for match in matches if Path(match).is_file())
         if found:
             return found
         raise DataError(f"no file matches {name}", hint="relative paths start at the config file's folder")
@@ -231,7 +232,9 @@ def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
             rows = json.loads(text)
         except ValueError as error:
             line = getattr(error, "lineno", 1)
-            raise DataError(f"{path}:{line}: not valid JSON: {error}", hint="the file starts as a JSON array") from error
+            raise DataError(
+                f"{path}:{line}: not valid JSON: {error}", hint="the file starts as a JSON array"
+            ) from error
         for number, row in enumerate(rows):
             yield _object(row, f"{path} element {number}"), f"{path} element {number}"
         return
@@ -295,7 +298,7 @@ _READERS = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "tex
 
 
 def _through_datasets(load: LoadDataset, files: Mapping[str, Sequence[Path]]) -> Records:
-    """Hub data sets and compressed files. The hub's own cache holds what is downloaded; rows of local files stay out of it."""
+    """Hub data sets and compressed files. Downloads go to the hub's own cache; rows of local files stay out of it."""
     import tempfile
 
     try:

@@ -69,7 +69,7 @@ def render_all(records: Records, config: PreProcess, tokenizer: Tokenizer | None
     for row, place in zip(records.rows, records.places, strict=True):
         try:
             rendered.append(render(row, config, tokenizer))
-        except DataError as error:
+        except DataError as error:  # noqa: PERF203 - the place must be named
             raise DataError(f"{place}: {error.message}", hint=error.hint) from error
     return rendered
 

@@ -1,8 +1,8 @@
 """Accuracy by label likelihood: of all labels in the data, does the model find the right one the most likely?
 
 For every record the text is rendered with each label in the answer's place, tokenized whole, and scored by the
-sum of log p(token | before) from the answer's first token to the end of the text, with EOS where the data config adds it.
-Because what follows the label counts too, a label that is the beginning of another one is not favoured.
+sum of log p(token | before) from the answer's first token to the end of the text, with EOS where the data config
+adds it. Because what follows the label counts too, a label that is the beginning of another one is not favoured.
 
 Log-probabilities are never positive, so a label whose first tokens alone score below another label's whole text has
 lost. One run of a record gives the first token of all labels; only labels that can still win are run to their end.
@@ -126,7 +126,7 @@ def _labels(records: Records, config: DataConfig, tokenizer: Tokenizer) -> list[
     distinct = set(found)
     if not 2 <= len(distinct) <= MAX_LABELS:
         raise DataError(
-            f"{config.name} has {len(distinct)} different answers; accuracy by label likelihood is for 2 to {MAX_LABELS}",
+            f"{config.name} has {len(distinct)} different answers; this accuracy is for 2 to {MAX_LABELS}",
             hint="is label_col the right column?",
         )
     return found
@@ -139,9 +139,7 @@ class _Task:
         self.ids = [one.ids for one in candidates]
         self.start = min(one.answer_start or 0 for one in candidates)
         shortest = min(len(ids) for ids in self.ids)
-        self.shared = next(
-            (place for place in range(shortest) if len({ids[place] for ids in self.ids}) > 1), shortest
-        )
+        self.shared = next((place for place in range(shortest) if len({ids[place] for ids in self.ids}) > 1), shortest)
         """Tokens that all candidates begin with."""
         self.bounds = [0.0] * len(candidates)
         """No candidate scores higher than its bound; a finished one scores exactly that."""

@@ -100,6 +100,11 @@ class TorchRunner:
         limit = config.get("max_position_embeddings")
         self.context_length = None if limit is None else int(limit)
 
+    @property
+    def model(self) -> Any:
+        """The Transformers model itself, for generation."""
+        return self._model
+
     def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
         import torch
 

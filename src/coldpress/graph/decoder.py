@@ -9,9 +9,10 @@
     embed -> [norm -> qkv -> attention -> o] -> [norm -> gate, up -> silu(gate)*up -> down] -> ... -> norm -> head
              `---- the norm adds what the block before it yielded: SkipSimplifiedLayerNormalization
 
-The attention kernel (com.microsoft.GroupQueryAttention) takes the number of valid tokens of a row from attention_mask, so
-padding must stand on the right; rows padded on the left come out wrong in this form. It rotates queries and keys itself
-where it can (`form.fused_rotary`); other head sizes get RotaryEmbedding nodes with positions computed from the mask.
+The attention kernel (com.microsoft.GroupQueryAttention) takes the number of valid tokens of a row from attention_mask,
+so padding must stand on the right; rows padded on the left come out wrong in this form. It rotates queries and keys
+itself where it can (`form.fused_rotary`); other head sizes get RotaryEmbedding nodes with positions computed from the
+mask.
 Operators: onnxruntime/docs/ContribOperators.md.
 """
 
@@ -138,7 +139,7 @@ class _Decoder:
             bits,
             q.block_size,
             q.symmetric,
-            q.candidates,
+            q.candidates if bits == 4 else 1,  # at 8 bits a search gains next to nothing
             self.io,
         )
 
@@ -251,7 +252,7 @@ class _Decoder:
         return _Shared(last_index, total, cos, sin, positions)
 
     def _positions(self, valid: ir.Value) -> ir.Value:
-        """Position of each new token, int64 [B, S]: those of a prompt count from 0, later ones from the tokens before."""
+        """Position of each new token, int64 [B, S]: a prompt counts from 0, later ones from what came before."""
         graph, base = self.graph, "/model/positions"
         shape = graph.op("Shape", [self.ids], name=f"{base}/Shape")
         new = graph.op("Gather", [shape, graph.constant(1)], name=f"{base}/Gather", axis=0)
@@ -277,7 +278,9 @@ class _Decoder:
         for name, part in (("large", long), ("small", short)):
             tables = graph.weight(RopeTable(f"cache_{name}", rope, (part,), self.io))
             nodes = [
-                ir.node("Identity", [table], outputs=[ir.Value(name=f"{table.name}_out")], name=f"/model/rope/{name}/{i}")
+                ir.node(
+                    "Identity", [table], outputs=[ir.Value(name=f"{table.name}_out")], name=f"/model/rope/{name}/{i}"
+                )
                 for i, table in enumerate(tables)
             ]
             for node, table in zip(nodes, tables, strict=True):

@@ -61,8 +61,8 @@ class Form:
     include_hidden_states: bool = False
     """Output is `hidden_states` besides `logits`."""
     rope_switch: Literal["position_ids", "if"] = "position_ids"
-    """How a longrope model gets from its short to its long table: by the positions given to the attention kernel, or by an
-    If node, which copies a table on each run, for kernels that take no positions."""
+    """How a longrope model gets from its short to its long table: by the positions given to the attention kernel, or by
+    an If node, which copies a table on each run, for kernels that take no positions."""
 
     def shares_embedding(self, arch: Arch) -> bool:
         """Whether embedding and head are one set of bytes."""
@@ -83,8 +83,8 @@ def products(arch: Arch) -> Iterator[tuple[str, Linear]]:
 
 
 def mixed_layers(arch: Arch) -> frozenset[str]:
-    """The products that llama.cpp's mixed types keep in more bits: qkv and down of the first and last eighth of the layers,
-    and of every third between."""
+    """The products that llama.cpp's mixed types keep in more bits: qkv and down of the first and last eighth of the
+    layers, and of every third between."""
     eighth = arch.layers // 8
     chosen = [
         layer

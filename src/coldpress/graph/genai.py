@@ -22,7 +22,7 @@ from coldpress.errors import CheckpointError
 __all__ = ["MAX_LENGTH", "copy_tokenizer", "genai_config"]
 
 MAX_LENGTH = 4096
-"""Default of `search.max_length` where the model's context is longer; the user can raise it up to the context length."""
+"""Default of `search.max_length` where the model's context is longer; a user can raise it up to the context length."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,7 +70,10 @@ def genai_config(
     `config` and `generation` are the checkpoint's config.json and generation_config.json; `threads` those of the CPU
     provider, None elsewhere; `search` is laid over the search settings, `outputs` are the graph's besides the KV cache.
     """
-    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": [dict(each) for each in provider_options]}
+    session: dict[str, Any] = {
+        "log_id": "onnxruntime-genai",
+        "provider_options": [dict(each) for each in provider_options],
+    }
     if threads is not None:
         session["intra_op_num_threads"] = threads
     eos = _token_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
@@ -105,7 +108,9 @@ def genai_config(
     for name, ids in (("bos_token_id", bos[:1]), ("eos_token_id", eos), ("pad_token_id", pad[:1])):
         if ids:
             model[name] = ids[0] if len(ids) == 1 else ids
-    settings = {name: default if generation.get(name) is None else generation[name] for name, default in _SEARCH.items()}
+    settings = {
+        name: default if generation.get(name) is None else generation[name] for name, default in _SEARCH.items()
+    }
     settings["max_length"] = min(arch.context_length, MAX_LENGTH)
     settings["past_present_share_buffer"] = True
     return {"model": model, "search": {**settings, **(search or {})}}

@@ -78,12 +78,18 @@ class GraphWriter:
         return self._initializer(place.name, place.tensor(self.data.name))
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self.initializers.append(value)
         return value
 
     def model(
-        self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, producer: tuple[str, str], metadata: Mapping[str, str]
+        self,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        *,
+        producer: tuple[str, str],
+        metadata: Mapping[str, str],
     ) -> ir.Model:
         graph = ir.Graph(
             inputs,

@@ -2,10 +2,10 @@
 
     checkpoint (memory map) -> rows -> cast | quantize | compute -> their place in model.onnx.data
 
-A graph is built with placeholders that know dtype, shape and offset only (`DataFile.add`). `DataFile.write` then cuts every
-weight into chunks of rows; each thread takes the next chunk, makes its bytes and writes them at their offset. So peak
-memory is `budget_bytes`, whatever the size of a tensor, and one huge matrix keeps all threads busy. Nothing is synced to
-the device here: whoever commits the folder does that.
+A graph is built with placeholders that know dtype, shape and offset only (`DataFile.add`). `DataFile.write` then cuts
+every weight into chunks of rows; each thread takes the next chunk, makes its bytes and writes them at their offset. So
+peak memory is `budget_bytes`, whatever the size of a tensor, and one huge matrix keeps all threads busy. Nothing is
+synced to the device here: whoever commits the folder does that.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class Place:
         return self.nbytes // self.shape[0]
 
     def tensor(self, file: str) -> ir.ExternalTensor:
-        return ir.ExternalTensor(
-            file, self.offset, self.nbytes, self.dtype, shape=ir.Shape(self.shape), name=self.name
-        )
+        return ir.ExternalTensor(file, self.offset, self.nbytes, self.dtype, shape=ir.Shape(self.shape), name=self.name)
 
 
 class Weight(Protocol):
@@ -373,7 +371,7 @@ def _write_chunk(file: Any, weight: Weight, places: tuple[Place, ...], start: in
     """Make rows and write them; returns the bytes written."""
     total = 0
     for place, array in zip(places, weight.make(start, stop), strict=True):
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         if len(data) != (stop - start) * place.row_bytes:
             raise AssertionError(f"{place.name}: {len(data)} bytes made for {(stop - start) * place.row_bytes}")
         file.seek(place.offset + start * place.row_bytes)

@@ -63,7 +63,8 @@ def _linspace(count: int) -> Floats:
     step = np.float64((last - first) / np.float32(count - 1))
     place = np.arange(count)
     # Fused multiply-add rounds once; so does float64 arithmetic cast to float32.
-    return np.where(place < count // 2, first + step * place, last - step * (count - 1 - place)).astype(np.float32)
+    values = np.where(place < count // 2, first + step * place, last - step * (count - 1 - place))
+    return np.asarray(values, np.float32)
 
 
 def round_trip(
@@ -94,14 +95,14 @@ def _nested_round_trip(absmax: Floats) -> Floats:
     scaled = np.clip(_scaled(centred, _inverse(scale), _NESTED_BLOCK), -1, 1)
     # bitsandbytes looks the code up in a table of 65,536 points between -1 and 1.
     points = np.rint((scaled + np.float32(1)) * np.float32(_POINTS / 2)).astype(np.intp)
-    return _scaled(code[_nearest_to_points()[points]], scale, _NESTED_BLOCK) + mean
+    return np.asarray(_scaled(code[_nearest_to_points()[points]], scale, _NESTED_BLOCK) + mean, np.float32)
 
 
 @functools.cache
 def _nearest_to_points() -> npt.NDArray[np.intp]:
     code = dynamic_code()
     points = np.arange(_POINTS + 1, dtype=np.float32) * np.float32(2 / _POINTS) - np.float32(1)
-    return np.searchsorted((code[:-1] + code[1:]) / np.float32(2), points, side="left")
+    return np.asarray(np.searchsorted((code[:-1] + code[1:]) / np.float32(2), points, side="left"), np.intp)
 
 
 def _absmax(flat: Floats, block: int) -> Floats:
@@ -112,11 +113,11 @@ def _absmax(flat: Floats, block: int) -> Floats:
 def _nearest(flat: Floats, absmax: Floats, block: int, code: Floats) -> npt.NDArray[np.intp]:
     """Index of the code nearest to each value over its block's absmax; a tie goes to the smaller code."""
     scaled = np.clip(_scaled(flat, _inverse(absmax), block), -1, 1)
-    return np.searchsorted((code[:-1] + code[1:]) / np.float32(2), scaled, side="left")
+    return np.asarray(np.searchsorted((code[:-1] + code[1:]) / np.float32(2), scaled, side="left"), np.intp)
 
 
 def _inverse(absmax: Floats) -> Floats:
-    return np.float32(1) / np.maximum(absmax, np.float32(1e-38))
+    return np.asarray(np.float32(1) / np.maximum(absmax, np.float32(1e-38)), np.float32)
 
 
 def _scaled(flat: Floats, factor: Floats, block: int) -> Floats:

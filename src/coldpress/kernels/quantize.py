@@ -9,9 +9,10 @@
     w'      (code - zero) * scale, the weight that runs
 
 Symmetric scales are w_peak / -2^(bits-1), w_peak the entry of greatest magnitude with its sign: so all 2^bits codes are
-used and the peak is exact (as llama.cpp's Q4_0 and ONNX Runtime's own quantizer do it). Asymmetric ones span the block's
-range, widened to hold zero. A block whose span is below 1e-30 becomes zeros. With `candidates` > 1 the scale is searched: each candidate's codes get the least-squares scale
-sum(wc)/sum(cc), c = code - zero, and the one with the smallest squared error wins.
+used and the peak is exact (as llama.cpp's Q4_0 and ONNX Runtime's own quantizer do it). Asymmetric ones span the
+block's range, widened to hold zero. A block whose span is below 1e-30 becomes zeros. With `candidates` > 1 the scale is
+searched: each candidate's codes get the least-squares scale sum(wc)/sum(cc), c = code - zero, and the one with the
+smallest squared error wins.
 
 Layout: com.microsoft.MatMulNBits in onnxruntime/docs/ContribOperators.md.
 """
@@ -27,7 +28,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK_SIZES", "NonFiniteWeightError", "Quantized", "dequantize", "quantize"]
+__all__ = ["BLOCK_SIZES", "NonFiniteWeightError", "Quantized", "dequantize", "quantize", "unpack"]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -56,7 +57,7 @@ _FLAGS = {"nnan", "nsz", "reassoc", "contract"}
 """Sums may be reordered and fused. Blocks with NaN or infinity are sorted out on their bits before any arithmetic."""
 
 
-def _load(bits_in, row, start, width, shift, words):  # type: ignore[no-untyped-def]
+def _load(bits_in: Any, row: int, start: int, width: int, shift: Any, words: Any) -> Any:
     """One block as float32 bit patterns into `words`; returns magnitude (31 bits) and sign (lowest bit) of its peak."""
     peak = np.uint32(0)
     for i in range(width):
@@ -68,21 +69,21 @@ def _load(bits_in, row, start, width, shift, words):  # type: ignore[no-untyped-
     return peak
 
 
-def _lowest_highest(x):  # type: ignore[no-untyped-def]
+def _lowest_highest(x: Any) -> Any:
     low, high = np.float32(0), np.float32(0)
     for i in range(x.size):
         low, high = min(low, x[i]), max(high, x[i])
     return low, high
 
 
-def _encode(x, inverse, zero, top, codes):  # type: ignore[no-untyped-def]
+def _encode(x: Any, inverse: Any, zero: Any, top: Any, codes: Any) -> None:
     offset = zero + np.float32(0.5)
     for i in range(x.size):
         codes[i] = np.uint8(np.int32(max(min(x[i] * inverse + offset, top), np.float32(0))))
 
 
-def _fit(x, inverse, zero, top):  # type: ignore[no-untyped-def]
-    """Least-squares scale for the codes that go with a scale, and by how much it lowers the squared error below sum(ww)."""
+def _fit(x: Any, inverse: Any, zero: Any, top: Any) -> Any:
+    """Least-squares scale for the codes of a scale, and by how much it lowers the squared error below sum(ww)."""
     offset = zero + np.float32(0.5)
     cross, square = np.float32(0), np.float32(0)
     for i in range(x.size):
@@ -100,9 +101,9 @@ _load, _lowest_highest, _encode, _fit = (
 
 
 def _make_rows(symmetric: bool) -> Callable[..., int]:
-    """The loop over rows. `symmetric` is a constant of the machine code: with both forms in one it runs at a quarter."""
+    """The loop over rows. `symmetric` is a constant of the machine code: both forms in one run at a quarter of it."""
 
-    def rows(bits_in, shift, k, bits, candidates, out, scales, zeros):  # type: ignore[no-untyped-def]
+    def rows(bits_in: Any, shift: Any, k: int, bits: int, candidates: int, out: Any, scales: Any, zeros: Any) -> int:
         n, blocks = scales.shape
         size = out.shape[2] * 8 // bits
         words, spare = np.empty(size, np.uint32), np.empty(1, np.uint32)
@@ -229,4 +230,5 @@ def dequantize(quantized: Quantized, *, bits: int, k: int) -> Floats:
     else:
         zeros = unpack(quantized.zeros, bits)[:, :blocks].astype(np.float32)
     weights = (codes - zeros[:, :, None]) * quantized.scales[:, :, None]
-    return weights.reshape(n, -1)[:, :k]
+    result: Floats = weights.reshape(n, -1)[:, :k]
+    return result

@@ -25,7 +25,8 @@ Floats = npt.NDArray[np.float32]
 
 def _plain(dim: int, theta: float) -> Floats:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    return np.float32(1.0) / np.power(np.float32(theta), exponents)
+    result: Floats = np.float32(1.0) / np.power(np.float32(theta), exponents)
+    return result
 
 
 def _default(dim: int, theta: float) -> tuple[Floats, float]:
@@ -99,7 +100,9 @@ def _longrope(
 ) -> tuple[Floats, float]:
     """LongRoPE (arXiv:2402.13753): one divisor per frequency. `factor` is the ratio of new to original context."""
     if len(factors) != dim // 2:
-        raise ValueError(f"longrope wants one factor per frequency: {dim // 2} for {dim} rotary dims, got {len(factors)}")
+        raise ValueError(
+            f"longrope wants one factor per frequency: {dim // 2} for {dim} rotary dims, got {len(factors)}"
+        )
     if attention_factor is None:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length))
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)

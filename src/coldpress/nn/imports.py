@@ -1,13 +1,13 @@
 """Importing Transformers' Trainer and PEFT without what a step does not need.
 
-Both probe for optional packages and import what they find: bitsandbytes (which pulls in torch's compiler), datasets (with
-pandas), scikit-learn, SciPy, TensorBoard. And Python's cyclic garbage collector walks the growing heap over and over
-while some 3,000 modules come in. Measured on 2 cores, process start to `Trainer` and `peft` ready: 4.6 s plainly,
+Both probe for optional packages and import what they find: bitsandbytes (which pulls in torch's compiler), datasets
+(with pandas), scikit-learn, SciPy, TensorBoard. And Python's cyclic garbage collector walks the growing heap over and
+over while some 3,000 modules come in. Measured on 2 cores, process start to `Trainer` and `peft` ready: 4.6 s plainly,
 3.2 s without the collector, 2.4 s with the optional packages hidden as well (torch alone: 0.9 s).
 
-Hiding is what Python documents for `sys.modules`: a None entry makes an import fail as if the package were not installed,
-and `importlib.util.find_spec` finds none. Entries are taken back afterwards. A package that is imported already stays.
-If a version of these libraries cannot be imported that way, it is imported plainly.
+Hiding is what Python documents for `sys.modules`: a None entry makes an import fail as if nothing were installed, and
+`importlib.util.find_spec` finds none. Entries are taken back afterwards. A package that is imported already stays. If a
+version of these libraries cannot be imported that way, it is imported plainly.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def load_bitsandbytes() -> None:
     if "bitsandbytes" not in sys.modules:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise MissingExtraError(
-                "training on 4-bit weights needs the package bitsandbytes", hint="pip install 'coldpress[cpu]' (or [gpu])"
+                "training on 4-bit weights needs the package bitsandbytes",
+                hint="pip install 'coldpress[cpu]' (or [gpu])",
             )
         # On CPUs with AVX512-BF16 it asks the package `kernels` for a hub download at import, and complains without it.
         logger = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -1,7 +1,7 @@
 """Hugging Face causal language models from local folders, for training and for evaluation.
 
-4-bit bases (bitsandbytes): on CPUs with AVX512-BF16 a `Linear4bit` in eval mode repacks its weights in place, which drops
-the double quantization and leaves garbage for whoever dequantizes them later. Every layer is therefore told that
+4-bit bases (bitsandbytes): on CPUs with AVX512-BF16 a `Linear4bit` in eval mode repacks its weights in place, which
+drops the double quantization and leaves garbage for whoever dequantizes them later. Every layer is therefore told that
 the CPU lacks the instructions; the result is the same in eval and in train mode, and no kernel is fetched.
 """
 
@@ -15,7 +15,7 @@ from coldpress.artifacts.base import BaseQuantization, read_json
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.errors import CheckpointError, UnsupportedModelError
 from coldpress.nn import imports
-from coldpress.nn.adapters import decoder_linears
+from coldpress.nn.adapters import four_bit_names
 
 if TYPE_CHECKING:
     import torch
@@ -30,15 +30,14 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     quantization: BaseQuantization | None = None,
-    skip_quantization: tuple[str, ...] = ("lm_head",),
     device_map: str | Mapping[str, Any] | None = None,
 ) -> Any:
     """A causal language model; `dtype` is float32, float16, bfloat16, or auto for the stored one.
 
     Raises CheckpointError for missing, damaged or incomplete weights and UnsupportedModelError for an unknown type.
     """
-    with TensorSet.open(folder):  # a damaged or cut file is named here, before a library fails inside
-        pass
+    with TensorSet.open(folder) as tensors:  # a damaged or cut file is named here, before a library fails inside
+        matrices = {info.name.removesuffix(".weight"): info.shape for info in tensors.infos() if len(info.shape) == 2}
     config = read_json(folder / "config.json")
     if "auto_map" in config and not trust_remote_code and not _known_type(config):
         raise UnsupportedModelError(
@@ -61,7 +60,7 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        options["quantization_config"] = _four_bit(quantization, skip_quantization)
+        options["quantization_config"] = _four_bit(quantization, matrices)
         device_map = device_map or {"": "cpu"}
     if device_map is not None:
         options["device_map"] = device_map
@@ -82,24 +81,27 @@ def load_model(
             hint="Transformers would fill them with random numbers; is the download complete?",
         )
     if quantization is not None:
-        for layer in four_bit_layers(model).values():
+        layers = four_bit_layers(model)
+        if set(layers) != set(_quantized(matrices)):
+            odd = sorted(set(layers) ^ set(_quantized(matrices)))
+            raise CheckpointError(f"bitsandbytes quantized other layers of {folder} than asked, the first: {odd[0]}")
+        for layer in layers.values():
             layer.support_avx512bf16_for_cpu = False
     return model
 
 
 def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remote_code: bool = False) -> Any:
-    """The model that a QLoRA adapter was trained on, as a plain float32 model: bitsandbytes quantizes and dequantizes."""
+    """The model that a QLoRA adapter was trained on, as a plain float32 model; bitsandbytes makes its weights."""
     imports.load_bitsandbytes()
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    linear, head = torch.nn.Linear, _output_heads(folder)
+    linear = torch.nn.Linear
     model = load_model(
         folder,
         dtype=quantization.compute_dtype,
         trust_remote_code=trust_remote_code,
         quantization=quantization,
-        skip_quantization=head,
     )
     for name, layer in four_bit_layers(model).items():
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -121,13 +123,6 @@ def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remo
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     return model
-
-
-def _output_heads(folder: Path) -> tuple[str, ...]:
-    with TensorSet.open(folder) as tensors:
-        linear = {info.name.removesuffix(".weight"): info.shape for info in tensors.infos() if len(info.shape) == 2}
-    inner = decoder_linears({name: (shape[0], shape[1]) for name, shape in linear.items()})
-    return tuple(name for name in linear if name not in inner) or ("lm_head",)
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
@@ -156,7 +151,11 @@ def _known_type(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _four_bit(quantization: BaseQuantization, skip: tuple[str, ...]) -> Any:
+def _quantized(matrices: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    return four_bit_names({name: (shape[0], shape[1]) for name, shape in matrices.items() if "embed" not in name})
+
+
+def _four_bit(quantization: BaseQuantization, matrices: Mapping[str, tuple[int, ...]]) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -165,5 +164,5 @@ def _four_bit(quantization: BaseQuantization, skip: tuple[str, ...]) -> Any:
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        llm_int8_skip_modules=list(skip),
+        llm_int8_skip_modules=sorted(set(matrices) - set(_quantized(matrices))) or ["lm_head"],
     )

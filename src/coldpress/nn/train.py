@@ -1,8 +1,8 @@
 """Training an adapter with Transformers' Trainer: progress, checkpoints that survive a kill, and a loss curve.
 
-    work/checkpoints/checkpoint-40/     written by Trainer: adapter, optimizer, schedule, random state
-                     ... curve.json     loss of every step so far
-                     ... complete       written last; a checkpoint without it is not resumed from
+work/checkpoints/checkpoint-40/     written by Trainer: adapter, optimizer, schedule, random state
+                 ... curve.json     loss of every step so far
+                 ... complete       written last; a checkpoint without it is not resumed from
 """
 
 from __future__ import annotations
@@ -215,13 +215,13 @@ def _trainer(
     class Callback(transformers.TrainerCallback):  # type: ignore[misc]
         """Trainer's events, handed to the watch."""
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.end_of_step(state, control)
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.saved(folder / f"checkpoint-{state.global_step}")
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             watch.logged(logs or {})
 
     ours = {
@@ -253,7 +253,7 @@ def _trainer(
 def _tokens_per_step(sequences: Sequence[TokenSequence], arguments: Any) -> float:
     mean = sum(len(one.ids) for one in sequences) / len(sequences)
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(arguments.world_size, 1)
-    return mean * min(rows, len(sequences))
+    return float(mean * min(rows, len(sequences)))
 
 
 class _Watch:
@@ -296,15 +296,19 @@ class _Watch:
         done, total = int(state.global_step), int(state.max_steps)
         if self.stop_asked and done < total:
             self.stopped = control.should_save = control.should_training_stop = True
-        elif self.timed and done < total and now - self._saved > max(
-            CHECKPOINT_SECONDS, self._save_took / CHECKPOINT_SHARE
+        elif (
+            self.timed
+            and done < total
+            and now - self._saved > max(CHECKPOINT_SECONDS, self._save_took / CHECKPOINT_SHARE)
         ):
             control.should_save = True
         if control.should_save:
             self._save_began = now
         if now - self._shown >= PROGRESS_SECONDS or done in (1, total):
             self._shown = now
-            self.emit(Progress(self.step, done, total, "steps", {"loss": self.losses[-1], **self._rates(done, total, now)}))
+            self.emit(
+                Progress(self.step, done, total, "steps", {"loss": self.losses[-1], **self._rates(done, total, now)})
+            )
 
     def _rates(self, done: int, total: int, now: float) -> dict[str, float]:
         seconds = max(now - self._first, 1e-9)
@@ -340,12 +344,13 @@ def _stop_signals(watch: _Watch) -> Iterator[None]:
         yield
         return
     before: dict[int, Any] = {}
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
 
-    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+    def ask(number: int, frame: FrameType | None) -> None:
         watch.stop_asked = True
         signal.signal(number, before[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         before[number] = signal.getsignal(number) or signal.SIG_DFL
         signal.signal(number, ask)
     try:

@@ -1,13 +1,14 @@
 """LoRA and QLoRA: train a low-rank adapter on a frozen model (Hu et al. 2021; Dettmers et al. 2023).
 
-The result is the base model by reference, plus `adapter/`: PEFT's files, the tokenizer, and `training.json` with the loss
-of every step. Under QLoRA the frozen linear layers are held in 4 bits while training; the artifact records how, so that
-a merge can add the adapter to the very weights it was trained on.
+The result is the base model by reference, plus `adapter/`: PEFT's files, the tokenizer, and `training.json` with the
+loss of every step. Under QLoRA the frozen linear layers are held in 4 bits while training; the artifact records how,
+so that a merge can add the adapter to the very weights it was trained on.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import DataError, MissingExtraError, PlanError
 from coldpress.events import Message
 from coldpress.hardware import Hardware, library_versions
-from coldpress.nn.adapters import Targets, decoder_linears, resolve_modules_to_save, resolve_targets
+from coldpress.nn.adapters import Targets, decoder_linears, four_bit_names, resolve_modules_to_save, resolve_targets
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 
 __all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
@@ -33,26 +34,20 @@ class LoRAConfig(Frozen):
     """Data to train on."""
     eval_data_config: str | DataConfig | None = None
     """Data to measure the evaluation loss on."""
-    eval_dataset_size: float | int | None = Field(None, gt=0)
+    eval_dataset_size: float | int | None = Field(default=None, gt=0)
     """Part of the training data to hold out instead: a share below 1, or a number of rows."""
-    r: int = Field(64, ge=1)
+    r: int = Field(default=64, ge=1)
     """Rank of the adapter."""
-    alpha: float = Field(16, gt=0)
+    alpha: float = Field(default=16, gt=0)
     """The adapter's contribution is scaled by alpha / r."""
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     target_modules: str | tuple[str, ...] | None = None
-    """Linear layers to adapt: names, a regular expression, or all-linear; null is the model's usual attention layers."""
+    """Linear layers to adapt: names, a regular expression, or all-linear; null is the usual attention layers."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules to train whole, besides the adapter."""
     torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the frozen weights and of the matrix products; the adapter itself is always float32."""
-    device_map: Literal["auto", "current_device"] | None = "auto"
-    """Where the weights go on a machine with GPUs; on the CPU there is one place."""
-    allow_tf32: bool = True
-    """Let NVIDIA GPUs compute float32 products in TF32."""
-    ephemeral_gpu_offload: Literal[False] = False
-    """Not supported; kept so that configs which turn it off stay valid."""
     training_args: Mapping[str, Any] = Field(default_factory=dict)
     """Transformers' TrainingArguments."""
 
@@ -95,6 +90,8 @@ class LoRA:
             notes = (targets.note, *notes)
         notes += _notes(config, env)
         quantization = self._quantization(config)
+        if quantization is not None:
+            notes += _four_bit_notes(spec)
         recorded = quantization if getattr(config, "save_quant_config", True) else None
         planned = Spec(
             kind="checkpoint",
@@ -106,7 +103,7 @@ class LoRA:
         )
         return Planned(planned, _estimate(config, spec, env, targets, quantization, length, data.name), notes)
 
-    def limits(self, config: LoRAConfig, spec: Spec) -> Limits | None:  # noqa: ARG002 - the contract's signature
+    def limits(self, config: LoRAConfig, spec: Spec) -> Limits | None:
         return None  # training changes the model on purpose
 
     def run(self, config: LoRAConfig, model: Artifact, ctx: Context) -> Artifact:
@@ -140,7 +137,7 @@ class LoRA:
                 f"{type(self).__name__} needs {', '.join(absent)}, not installed", hint="pip install 'coldpress[cpu]'"
             )
 
-    def _quantization(self, config: LoRAConfig) -> BaseQuantization | None:  # noqa: ARG002 - QLoRA's looks at it
+    def _quantization(self, config: LoRAConfig) -> BaseQuantization | None:
         return None
 
     def _data(self, config: LoRAConfig, spec: Spec, tokenizer: Tokenizer, ctx: Context) -> Prepared:
@@ -251,6 +248,21 @@ def _notes(config: LoRAConfig, env: PlanContext) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _four_bit_notes(spec: Spec) -> tuple[str, ...]:
+    inner, held = decoder_linears(spec.linear_layers()), four_bit_names(spec.linear_layers())
+    if not held:
+        raise PlanError(
+            "no linear layer of the model can be held in 4 bits: none has rows of whole blocks of 64 weights",
+            hint="use LoRA",
+        )
+    left = len(inner) - len(held)
+    return (
+        (f"{left} of {len(inner)} linear layers stay unquantized: their rows are not whole blocks of 64",)
+        if left
+        else ()
+    )
+
+
 def _optimizer_on_cpu(name: str) -> str | None:
     """What stands in for an optimizer with paged memory, which only NVIDIA GPUs have."""
     return "adamw_torch" if name.startswith("paged_adamw") else None
@@ -269,7 +281,7 @@ def _arguments(config: LoRAConfig, ctx: Context) -> tuple[dict[str, Any], list[s
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     ours: dict[str, Any] = {"bf16": config.torch_dtype == "bfloat16" and (on_gpu or ctx.hardware.fast_bf16)}
     if on_gpu:
-        ours.update(fp16=config.torch_dtype == "float16", tf32=config.allow_tf32)
+        ours["fp16"] = config.torch_dtype == "float16"
     else:
         ours.update(use_cpu=True, dataloader_pin_memory=False)
     merged = {**ours, **given}
@@ -300,20 +312,16 @@ def _adapted(
     held_back = tuple(name for name in linear if name not in decoder_linears(linear))
     base = load_model(
         model.model,
-        dtype="float32" if (slow_bf16 and quantization is None) or config.torch_dtype == "float16" else config.torch_dtype,
+        dtype="float32"
+        if (slow_bf16 and quantization is None) or config.torch_dtype == "float16"
+        else config.torch_dtype,
         trust_remote_code=ctx.trust_remote_code,
         quantization=quantization,
-        skip_quantization=held_back or ("lm_head",),
-        device_map=_device_map(config) if on_gpu else None,
+        device_map={"": 0} if on_gpu else None,
     )
-    if quantization is not None:
-        layers = four_bit_layers(base)
-        if set(layers) != set(decoder_linears(linear)):
-            odd = sorted(set(layers) ^ set(decoder_linears(linear)))
-            raise PlanError(f"bitsandbytes quantized other layers than planned, the first: {odd[0]}")
-        if slow_bf16:
-            for layer in layers.values():
-                layer.compute_dtype = torch.float32
+    if quantization is not None and slow_bf16:
+        for layer in four_bit_layers(base).values():
+            layer.compute_dtype = torch.float32
     if config.training_args.get("gradient_checkpointing"):
         base.enable_input_require_grads()
         base.config.use_cache = False
@@ -334,10 +342,6 @@ def _adapted(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
-
-
-def _device_map(config: LoRAConfig) -> str | Mapping[str, Any] | None:
-    return {"": 0} if config.device_map == "current_device" else config.device_map
 
 
 def _save(model: Any, folder: Any, targets: Targets) -> None:
@@ -369,17 +373,19 @@ def _estimate(
     length: int,
     data_name: str,
 ) -> Estimate:
-    """Memory: weights, adapter with its optimizer, activations and logits of one batch. Time: 6 operations a weight and token."""
+    """Memory: weights, adapter, optimizer, activations and logits of a batch. Time: 6 operations a weight and token."""
     linear = spec.linear_layers()
     width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
     if config.torch_dtype == "bfloat16" and env.accelerator.device == "cpu" and not env.hardware.fast_bf16:
         width = 4
-    in_four_bits = sum(rows * columns for rows, columns in decoder_linears(linear).values()) if quantization else 0
+    in_four_bits = sum(math.prod(linear[name]) for name in four_bit_names(linear)) if quantization else 0
     weights = (spec.parameters - in_four_bits) * width + int(in_four_bits * 0.57)
     trained = sum(config.r * sum(linear[name]) for name in targets.modules)
     whole = config.modules_to_save or ()
     trained += sum(
-        tensor.nbytes // 2 for tensor in spec.tensors if tensor.name.removesuffix(".weight").endswith(tuple(whole) or "\0")
+        math.prod(tensor.shape)
+        for tensor in spec.tensors
+        if tensor.name.removesuffix(".weight").rpartition(".")[2] in whole
     )
     arguments = config.training_args
     rows = int(arguments.get("per_device_train_batch_size") or 8)
@@ -392,7 +398,9 @@ def _estimate(
     logits = tokens * int(spec.config.get("vocab_size") or 1) * (4 + 4 + 2)
     memory = weights + trained * 16 + activations + logits
     adapter = trained * 4
-    seconds = 6 * spec.parameters * _total_tokens(config, env, data_name, rows, length) / _speed(env.hardware, env, width)
+    seconds = (
+        6 * spec.parameters * _total_tokens(config, env, data_name, rows, length) / _speed(env.hardware, env, width)
+    )
     on_gpu = env.accelerator.device == "gpu"
     return Estimate(
         ram=_PROCESS_BYTES + (weights if on_gpu else memory),

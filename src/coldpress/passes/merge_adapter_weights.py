@@ -6,8 +6,8 @@
 
 After QLoRA there are two bases to choose from. The adapter was trained on 4-bit weights and corrects their errors
 too, so by default it is added to these: every linear layer goes through the same quantization again
-(`kernels/nf4.py`) and comes back in the checkpoint's type. `base: original` adds it to the 16-bit weights instead, whose
-model no training step has seen.
+(`kernels/nf4.py`) and comes back in the checkpoint's type. `base: original` adds it to the 16-bit weights instead: a
+model that no training step has seen.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from coldpress.config.schema import Frozen
 from coldpress.data.tokenizer import copy_tokenizer
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Message, Progress
-from coldpress.nn.adapters import decoder_linears
+from coldpress.nn.adapters import decoder_linears, four_bit_names
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 __all__ = ["AdapterWeights", "Delta", "MergeAdapterWeights", "MergeAdapterWeightsConfig"]
@@ -61,7 +60,7 @@ class MergeAdapterWeights:
     preload: ClassVar[tuple[str, ...]] = ("numpy", "ml_dtypes")
     needs_torch: ClassVar[bool] = False
 
-    def plan(self, config: MergeAdapterWeightsConfig, spec: Spec, env: PlanContext) -> Planned:  # noqa: ARG002
+    def plan(self, config: MergeAdapterWeightsConfig, spec: Spec, env: PlanContext) -> Planned:
         if spec.kind != "checkpoint":
             raise PlanError("an ONNX model has no adapter to merge", hint="put this step before the build")
         if spec.adapter is None:
@@ -101,7 +100,7 @@ class MergeAdapterWeights:
             raise PlanError("the model has no adapter to merge")
         quantization = None if config.base == "original" else model.base_quantization
         spec = model.describe()
-        in_four_bits = set(decoder_linears(spec.linear_layers())) if quantization is not None else set()
+        in_four_bits = set(four_bit_names(spec.linear_layers())) if quantization is not None else set()
         with TensorSet.open(model.model) as base, AdapterWeights.open(model.adapter) as adapter:
             adapter.check(base)
             merge = _Merge(base, adapter, quantization, in_four_bits, ctx)
@@ -135,10 +134,8 @@ class Delta:
         """Rows of the product in the weight's own layout, float32."""
         import numpy as np
 
-        if self.transposed:
-            product = self.first.T[start:stop] @ self.second.T
-        else:
-            product = self.second[start:stop] @ self.first
+        left, right = (self.first.T, self.second.T) if self.transposed else (self.second, self.first)
+        product = left[start:stop] @ right
         return np.asarray(product * np.float32(self.scale), np.float32)
 
 
@@ -237,7 +234,7 @@ class AdapterWeights:
                 raise CheckpointError(f"{self.folder}: {name} has another shape than in the base model")
 
     def _scale(self, module: str, rank: int) -> float:
-        """alpha / r, with PEFT's patterns: a key is matched, as a regular expression, to the end of the module's name."""
+        """alpha / r, with PEFT's patterns: a key is a regular expression for the end of the module's name."""
         alpha = float(self._record["lora_alpha"])
         for pattern, value in (self._record.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,12 +17,19 @@ from coldpress.artifacts.base import Artifact, Spec, read_json
 from coldpress.config.schema import Frozen
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
-from coldpress.graph.form import EMBEDDING, HEAD, WRITE_BUDGET, FloatType, Form, Quantization, data_bytes, mixed_layers, products
+from coldpress.graph.form import (
+    EMBEDDING,
+    HEAD,
+    WRITE_BUDGET,
+    FloatType,
+    Form,
+    Quantization,
+    data_bytes,
+    mixed_layers,
+    products,
+)
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 from coldpress.registry import nearest
-
-if TYPE_CHECKING:
-    from coldpress.artifacts.tensors import TensorSet
 
 __all__ = ["ModelBuilder", "ModelBuilderConfig"]
 
@@ -34,28 +41,28 @@ class ModelBuilderConfig(Frozen):
     """Parameters of ModelBuilder."""
 
     precision: Precision
-    """Of the weights. On the CPU fp32, int8 or int4; on CUDA also fp16 and bf16. int8 and int4 compute in fp32 on the CPU
-    and in fp16 on CUDA."""
+    """Of the weights. On the CPU fp32, int8 or int4; on CUDA also fp16 and bf16. int8 and int4 compute in fp32 on the
+    CPU and in fp16 on CUDA."""
     metadata_only: bool = False
     """Write only the GenAI files for an ONNX model that is there already. Not built."""
     search: Mapping[str, Any] | None = None
     """Laid over the `search` section of genai_config.json (max_length, temperature ...)."""
     int4_accuracy_level: Literal[0, 1, 2, 3, 4] | None = None
-    """What quantized products compute in: 1 fp32, 2 fp16, 3 bf16, 4 int8, 0 the kernel's choice; null: 4 on the CPU, 0 on
-    CUDA. For int8 weights too."""
+    """What quantized products compute in: 1 fp32, 2 fp16, 3 bf16, 4 int8, 0 the kernel's choice; null: 4 on the CPU, 0
+    on CUDA. For int8 weights too."""
     int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
-    """Weights that share a scale, for int4 and int8; null: 32 for int4, 128 for int8 (32 where rows are no multiple of it)."""
+    """Weights that share a scale, for int4 and int8; null: 32 for int4, 128 for int8 (32 where rows do not divide)."""
     int4_is_symmetric: bool | None = None
     """False stores a zero point for each block; null: true."""
     int4_op_types_to_quantize: tuple[str, ...] | None = None
-    """MatMul, Gather or both; null: MatMul, and on the CPU the embedding at 8 bits. Gather quantizes the embedding at the
-    bits of `precision`; a head that is tied to it then shares its bytes."""
+    """MatMul, Gather or both; null: MatMul, and on the CPU the embedding at 8 bits. Gather quantizes the embedding at
+    the bits of `precision`; a head that is tied to it then shares its bytes."""
     int4_nodes_to_exclude: tuple[str, ...] | None = None
     """Nodes to keep in floating point: `/lm_head/MatMul`, `/model/layers.0/attn/qkv_proj/MatMul` ..."""
     int4_algo_config: Algorithm | None = None
-    """default and rtn take each block's scale from its greatest weight; k_quant tries five scales and takes the one with the
-    least squared error. `_last` keeps the head at 8 bits, `_mixed` also every third qkv and down projection and those of the
-    first and last layers. null is k_quant for int4, rtn for int8."""
+    """default and rtn take each block's scale from its greatest weight; k_quant tries five scales and takes the one
+    with the least squared error. `_last` keeps the head at 8 bits, `_mixed` also every third qkv and down projection and
+    those of the first and last layers. null is k_quant for int4, rtn for int8."""
     use_qdq: bool = False
     """DequantizeLinear + MatMul instead of MatMulNBits. Not built."""
     use_8bits_moe: bool = False
@@ -81,7 +88,9 @@ _EXTRA: Mapping[str, str] = {
     **{
         f"{prefix}{name}": f"int4_{name}"
         for prefix in ("", "int4_")
-        for name in ("accuracy_level", "block_size", "is_symmetric", "op_types_to_quantize", "nodes_to_exclude", "algo_config")
+        for name in (
+            "accuracy_level", "block_size", "is_symmetric", "op_types_to_quantize", "nodes_to_exclude", "algo_config"
+        )
     },
     **{
         name: name
@@ -155,9 +164,7 @@ class ModelBuilder:
         if spec.kind != "checkpoint":
             raise PlanError(f"ModelBuilder takes a Hugging Face checkpoint, this step gets a model of kind {spec.kind}")
         if spec.adapter is not None:
-            raise PlanError(
-                "ModelBuilder takes a model without an adapter", hint="put MergeAdapterWeights before it"
-            )
+            raise PlanError("ModelBuilder takes a model without an adapter", hint="put MergeAdapterWeights before it")
         if spec.unknown is not None:
             _resolve(config)  # what can be checked without the model
             return Planned(built, Estimate(), (f"graph and size are unknown: {spec.unknown}",))
@@ -226,9 +233,7 @@ class ModelBuilder:
         )
         text = json.dumps(genai, indent=4, ensure_ascii=False) + "\n"
         (ctx.output / "genai_config.json").write_text(text, encoding="utf-8")
-        return Artifact(
-            ctx.output, "onnx", ctx.output, precision=resolved.precision, execution_provider=provider
-        )
+        return Artifact(ctx.output, "onnx", ctx.output, precision=resolved.precision, execution_provider=provider)
 
 
 def _outputs(form: Form) -> tuple[str, ...]:
@@ -338,8 +343,8 @@ def _against_cpu(config: ModelBuilderConfig) -> list[str]:
     found = []
     if config.precision == "bf16":
         found.append(
-            "precision bf16 does not run on the CPU: ONNX Runtime 1.32 has no bf16 MatMul or GroupQueryAttention there; "
-            "use fp32, int8 or int4, or CUDAExecutionProvider"
+            "precision bf16 does not run on the CPU: ONNX Runtime 1.32 has no bf16 MatMul or GroupQueryAttention "
+            "there; use fp32, int8 or int4, or CUDAExecutionProvider"
         )
     if config.precision == "fp16":
         found.append(
@@ -354,7 +359,9 @@ def _against_cpu(config: ModelBuilderConfig) -> list[str]:
 
 
 def _without_quantization(config: ModelBuilderConfig) -> list[str]:
-    given = sorted(name for name in type(config).model_fields if name.startswith("int4_") and getattr(config, name) is not None)
+    given = sorted(
+        name for name in type(config).model_fields if name.startswith("int4_") and getattr(config, name) is not None
+    )
     found = [f"{name} has no effect at precision {config.precision}; it is for int4 and int8" for name in given]
     if config.use_cuda_bf16:
         found.append(f"use_cuda_bf16 is for int4 and int8; for {config.precision} say precision: bf16")
@@ -414,8 +421,8 @@ def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, provider: str) ->
         q = form.quantization
         scales = "scale from the peak" if q.candidates == 1 else f"best of {q.candidates} scales"
         found.append(
-            f"{config.precision} weights, block {q.block_size}, {'symmetric' if q.symmetric else 'asymmetric'}, {scales}; "
-            f"activations {form.io}"
+            f"{config.precision} weights, block {q.block_size}, {'symmetric' if q.symmetric else 'asymmetric'}, "
+            f"{scales}; activations {form.io}"
         )
         if not form.exclude_embeds:
             stored = form.bits.get(EMBEDDING)
@@ -430,7 +437,7 @@ def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, provider: str) ->
 
 
 def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
-    """The checkpoint must hold what config.json promises, and nothing that would be left out; raises CheckpointError."""
+    """The checkpoint must hold what config.json promises and nothing besides; raises CheckpointError."""
     expected = dict(arch.expected())
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [

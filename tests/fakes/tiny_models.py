@@ -1,0 +1,67 @@
+"""Random checkpoints that take milliseconds: made by Transformers itself, with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coldpress.nn import imports
+
+__all__ = ["VOCABULARY", "make_checkpoint", "make_tokenizer"]
+
+VOCABULARY = 260
+"""256 bytes and 4 special tokens."""
+
+
+def make_tokenizer(folder: Path, *, bos: bool = True) -> None:
+    """One token a byte; `<s>`, `</s>`, `<pad>`, `<|end|>` after them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>", "<pad>", "<|end|>")])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    }
+    if bos:
+        config["bos_token"] = "<s>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat16", seed: int = 0) -> Path:
+    """A two-layer model with hidden size 64, and its tokenizer."""
+    imports.load_training()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "initializer_range": 0.2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "phi3":
+            model = Phi3ForCausalLM(Phi3Config(**sizes, original_max_position_embeddings=128, sliding_window=None))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder

@@ -1,0 +1,99 @@
+"""Loading checkpoints: damaged ones are named, 4-bit ones keep their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldpress.artifacts.base import BaseQuantization
+from coldpress.errors import CheckpointError, UnsupportedModelError
+from coldpress.nn.loading import four_bit_layers, load_dequantized, load_model
+
+NF4 = BaseQuantization("nf4", True, "bfloat16")
+
+
+def copy(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target / "model"))
+
+
+def test_types(tiny_phi3: Path) -> None:
+    import torch
+
+    assert {p.dtype for p in load_model(tiny_phi3).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(tiny_phi3, dtype="float32").parameters()} == {torch.float32}
+
+
+def test_truncated(tiny_phi3: Path, tmp_path: Path) -> None:
+    model = copy(tiny_phi3, tmp_path)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(model)
+
+
+def test_missing_weights_are_not_made_up(tiny_phi3: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    model = copy(tiny_phi3, tmp_path)
+    import ml_dtypes  # noqa: F401 - lets NumPy read bf16
+
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of the model, the first: model\.layers\.1\.self_attn"):
+        load_model(model)
+
+
+def test_unknown_type_and_own_code(tiny_phi3: Path, tmp_path: Path) -> None:
+    model = copy(tiny_phi3, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    with pytest.raises(UnsupportedModelError, match="does not know the model type 'unheard_of'"):
+        load_model(model)
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "unheard_of", "auto_map": {"AutoModelForCausalLM": "code.Model"}})
+    )
+    with pytest.raises(UnsupportedModelError, match="own Python code"):
+        load_model(model)
+
+
+def snapshot(model: Any) -> dict[str, tuple[bytes, bool, Any]]:
+    return {
+        name: (bytes(layer.weight.data.numpy().tobytes()), layer.weight.quant_state.nested, layer.weight.quant_state.absmax.clone())
+        for name, layer in four_bit_layers(model).items()
+    }  # fmt: skip
+
+
+def test_four_bit_weights_survive_a_forward_in_eval_mode(tiny_phi3: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    model = load_model(tiny_phi3, dtype="bfloat16", quantization=NF4).eval()
+    before = snapshot(model)
+    assert len(before) == 6, "down_proj, 96 wide, has no whole blocks of 64"
+    assert all(nested for _, nested, _ in before.values()), "double quantization"
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3, 4]]))
+        model(input_ids=torch.tensor([[1]]))
+    after = snapshot(model)
+    assert all(after[name][:2] == before[name][:2] for name in before)
+    assert all(torch.equal(after[name][2], before[name][2]) for name in before)
+
+
+def test_the_dequantized_model_is_the_four_bit_one(tiny_phi3: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    ids = torch.tensor([[256, 10, 20, 30, 40]])
+    with torch.inference_mode():
+        packed = load_model(tiny_phi3, dtype="bfloat16", quantization=NF4).eval()(input_ids=ids).logits.float()
+        plain = load_dequantized(tiny_phi3, NF4).eval()(input_ids=ids).logits
+        original = load_model(tiny_phi3, dtype="float32").eval()(input_ids=ids).logits
+    assert plain.dtype == torch.float32
+    # The packed model computes in bf16, three digits; the original is off by the 4 bits.
+    assert (plain - packed).abs().mean() < 0.1 * (plain - original).abs().mean() + 0.02
+    assert (plain - original).abs().mean() > 0.02
