@@ -130,7 +130,8 @@ def main() -> None:
         measured = measure([*command, str(out / side)])
         written = sum(file.stat().st_size for file in (out / side).rglob("*") if file.is_file())
         print(f"{side}: {measured.seconds:.2f} s, {measured.peak_anonymous / 1e6:.0f} MB anonymous, "
-              f"{measured.peak_resident / 1e6:.0f} MB resident, {written / 1e6:.0f} MB written", flush=True)  # fmt: skip
+              f"{measured.peak_resident / 1e6:.0f} MB resident, {written / 1e6:.0f} MB written",
+              flush=True)  # fmt: skip
         return measured
 
     builder = ["-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]

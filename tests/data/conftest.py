@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes.tiny_models import make_tokenizer
 
 from coldpress.data.tokenizer import Tokenizer
+from fakes.tiny_models import make_tokenizer
 
 
 @pytest.fixture(scope="session")

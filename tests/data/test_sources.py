@@ -138,7 +138,8 @@ def test_local_json_does_not_import_datasets(lines: Path) -> None:
     program = (
         "import sys\nfrom coldpress.config.schema import DataConfig, LoadDataset\n"
         "from coldpress.data.sources import read_records\n"
-        f"read_records(DataConfig(name='a', load_dataset_config=LoadDataset(data_name='json', data_files={str(lines)!r})))\n"
+        f"load = LoadDataset(data_name='json', data_files={str(lines)!r})\n"
+        "read_records(DataConfig(name='a', load_dataset_config=load))\n"
         "assert not {'datasets', 'pandas', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fakes.tiny_models import make_tokenizer
 
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import CheckpointError, DataError
+from fakes.tiny_models import make_tokenizer
 
 TEXTS = ["### Text: I'm thrilled!\n### The tone is:\njoy", "  two  spaces, é, 日本, 🙂\n\n", "<s>already</s>", "a"]
 CHAT = [{"role": "user", "content": "hi {{ name }}"}, {"role": "assistant", "content": "hello"}]

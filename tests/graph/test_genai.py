@@ -14,7 +14,8 @@ from coldpress.graph.genai import MAX_LENGTH, copy_tokenizer, genai_config
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 131072, "eos_token_id": 2, "bos_token_id": 1,
+    "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 131072, "eos_token_id": 2,
+    "bos_token_id": 1,
 }  # fmt: skip
 TEXTS = (
     "Once upon a time, there was a little girl.",

@@ -62,10 +62,11 @@ def test_unknown_type_and_own_code(tiny_phi3: Path, tmp_path: Path) -> None:
 
 
 def snapshot(model: Any) -> dict[str, tuple[bytes, bool, Any]]:
-    return {
-        name: (bytes(layer.weight.data.numpy().tobytes()), layer.weight.quant_state.nested, layer.weight.quant_state.absmax.clone())
-        for name, layer in four_bit_layers(model).items()
-    }  # fmt: skip
+    found = {}
+    for name, layer in four_bit_layers(model).items():
+        state = layer.weight.quant_state
+        found[name] = (layer.weight.data.numpy().tobytes(), state.nested, state.absmax.clone())
+    return found
 
 
 def test_four_bit_weights_survive_a_forward_in_eval_mode(tiny_phi3: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.tiny_models import make_checkpoint
 
 from coldpress.config.schema import Accelerator, DataConfig, LoadDataset, PreProcess
 from coldpress.events import Event
 from coldpress.hardware import detect
 from coldpress.passes.base import Context, PlanContext
+from fakes.tiny_models import make_checkpoint
 
 TEMPLATE = "{phrase} -> {tone}"
 
@@ -71,4 +71,4 @@ def context(tmp_path: Path, data_configs: dict[str, DataConfig], events: list[Ev
 
 @pytest.fixture
 def plan_context(data_configs: dict[str, DataConfig]) -> PlanContext:
-    return PlanContext(detect(), Accelerator(), data_configs, {name: 500 for name in data_configs})
+    return PlanContext(detect(), Accelerator(), data_configs, dict.fromkeys(data_configs, 500))

@@ -219,11 +219,14 @@ def test_merging_needs_no_torch(tiny_phi3: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     program = (
         "import sys\nfrom pathlib import Path\n"
-        "from coldpress.artifacts.base import Artifact, BaseQuantization\nfrom coldpress.config.schema import Accelerator\n"
+        "from coldpress.artifacts.base import Artifact, BaseQuantization\n"
+        "from coldpress.config.schema import Accelerator\n"
         "from coldpress.hardware import detect\nfrom coldpress.passes.base import Context\n"
         "from coldpress.passes.merge_adapter_weights import *\n"
         f"here = Path({str(tmp_path)!r})\n"
-        f"given = Artifact(here, 'checkpoint', Path({str(tiny_phi3)!r}), here / 'adapter', BaseQuantization('nf4', True, 'bfloat16'))\n"
+        f"base = Path({str(tiny_phi3)!r})\n"
+        "four_bits = BaseQuantization('nf4', True, 'bfloat16')\n"
+        "given = Artifact(here, 'checkpoint', base, here / 'adapter', four_bits)\n"
         "ctx = Context('m', here / 'out', here, detect(), Accelerator(), {}, lambda event: None)\n"
         "MergeAdapterWeights().run(MergeAdapterWeightsConfig(), given, ctx)\n"
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,8 +169,11 @@ class _Session:
                 log=self.plan.store.root
                 / "logs"
                 / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
-                # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
                 environment={
+                    # Threads that spin while they wait make a busy machine several times slower, and gain little on
+                    # a quiet one.
+                    "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+                    # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
                     "HF_HUB_DISABLE_TELEMETRY": "1",
                     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                     "DISABLE_TELEMETRY": "1",

@@ -20,6 +20,7 @@ Layout: com.microsoft.MatMulNBits in onnxruntime/docs/ContribOperators.md.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,10 @@ class Quantized:
 
 _FLAGS = {"nnan", "nsz", "reassoc", "contract"}
 """Sums may be reordered and fused. Blocks with NaN or infinity are sorted out on their bits before any arithmetic."""
+
+
+_COMPILING = threading.Lock()
+"""Two threads that need the same machine code must not both make it."""
 
 
 def _load(bits_in: Any, row: int, start: int, width: int, shift: Any, words: Any) -> Any:
@@ -199,7 +204,8 @@ def quantize(
     codes = np.empty((n, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     zeros = np.zeros((n, 0 if symmetric else -(-blocks * bits // 8)), np.uint8)
-    run = _compiled(patterns.dtype.name, symmetric)
+    with _COMPILING:
+        run = _compiled(patterns.dtype.name, symmetric)
     bad = run(patterns, shift, k, bits, candidates, codes, scales, zeros)
     if bad >= 0:
         raise NonFiniteWeightError(bad)

@@ -62,8 +62,8 @@ def decoder_linears(linear_layers: Mapping[str, tuple[int, int]]) -> dict[str, t
 def four_bit_names(linear_layers: Mapping[str, tuple[int, int]], block_size: int = 64) -> tuple[str, ...]:
     """The layers that QLoRA holds in 4 bits: all of the decoder whose rows are whole blocks.
 
-    Blocks run on from row to row. bitsandbytes 0.50 on a CPU with AVX512 dequantizes a matrix wrongly (by 15 % and more)
-    when its rows end within a block and their length is a multiple of 16; such layers stay as they are, on every device.
+    Blocks run on from row to row. bitsandbytes 0.50 on a CPU with AVX512 dequantizes a matrix wrongly when its rows end
+    within a block and their length is a multiple of 16; such layers stay as they are, on every device.
     """
     return tuple(name for name, (_, width) in decoder_linears(linear_layers).items() if width % block_size == 0)
 

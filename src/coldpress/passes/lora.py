@@ -308,8 +308,6 @@ def _adapted(
 
     on_gpu = ctx.accelerator.device == "gpu"
     slow_bf16 = config.torch_dtype == "bfloat16" and not on_gpu and not ctx.hardware.fast_bf16
-    linear = spec.linear_layers()
-    held_back = tuple(name for name in linear if name not in decoder_linears(linear))
     base = load_model(
         model.model,
         dtype="float32"
