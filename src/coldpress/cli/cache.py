@@ -11,7 +11,7 @@ import click
 from coldpress.cli.text import duration, size, table
 from coldpress.errors import UsageError
 
-__all__ = ["cache"]
+__all__ = ["cache", "list_steps", "prune", "verify"]
 
 
 @click.group()

@@ -13,7 +13,7 @@ import click
 from coldpress.cli.text import size
 from coldpress.hardware import Hardware, detect, library_versions
 
-__all__ = ["doctor"]
+__all__ = ["doctor", "findings"]
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors", "numpy",

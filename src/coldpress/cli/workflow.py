@@ -13,7 +13,7 @@ from coldpress.cli.text import duration, size, table
 from coldpress.config.load import LoadedConfig
 from coldpress.errors import UsageError
 
-__all__ = ["check", "plan", "run"]
+__all__ = ["check", "load", "plan", "run", "say_dialect"]
 
 
 def _source(config: str | None, arguments: Sequence[str]) -> tuple[Path, list[str]]:

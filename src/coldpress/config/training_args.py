@@ -21,6 +21,7 @@ __all__ = [
     "TrainingArgument",
     "check_training_args",
     "generate_table",
+    "main",
     "refused_arguments",
     "training_arguments",
 ]

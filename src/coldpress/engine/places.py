@@ -11,7 +11,7 @@ from coldpress.artifacts.base import Artifact, Spec
 from coldpress.config.schema import AzureMLResource, DataConfig, InputModel, LoadDataset
 from coldpress.errors import CheckpointError, PlanError
 
-__all__ = ["Places", "ResolvedModel", "model_files"]
+__all__ = ["Places", "ResolvedModel", "model_files", "spec_of_unknown"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _WEIGHTS_AND_CONFIGS = frozenset((".json", ".safetensors", ".model", ".jinja", ".py", ".onnx", ".data", ".txt"))

@@ -18,6 +18,8 @@ import errno
 import json
 import os
 import shutil
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,7 +82,7 @@ def as_store_error(error: OSError, place: Path) -> StoreError:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that it is either the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=2, ensure_ascii=False)
@@ -137,9 +139,8 @@ class Store:
         with disk_errors(self.root):
             for name in ("steps", "partial", "scores", "locks", "logs"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
             ignore = self.root / ".gitignore"
             if not ignore.exists():
                 ignore.write_text("*\n", encoding="utf-8")
@@ -322,7 +323,8 @@ def publish(entry: Entry, output_dir: Path) -> Path:
     The folder is made beside its place and swapped in by rename, so it is either the old or the new model.
     """
     target = output_dir / "model"
-    staging, old = output_dir / f".model-{os.getpid()}.new", output_dir / f".model-{os.getpid()}.old"
+    run = f"{os.getpid()}-{threading.get_ident()}"
+    staging, old = output_dir / f".model-{run}.new", output_dir / f".model-{run}.old"
     with disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         try:

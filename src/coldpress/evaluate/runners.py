@@ -138,7 +138,7 @@ class OnnxRunner:
         options.log_severity_level = 3
         try:
             self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=[execution_provider])
-        except (RuntimeError, ValueError, OSError, *_onnxruntime_errors()) as error:
+        except _onnxruntime_errors() as error:
             raise CheckpointError(f"ONNX Runtime cannot load {graph}: {error}") from error
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self.vocab_size = int(genai.get("vocab_size") or self._session.get_outputs()[0].shape[-1])
@@ -168,9 +168,10 @@ class OnnxRunner:
         self._session = None
 
 
-def _onnxruntime_errors() -> tuple[type[BaseException], ...]:
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises; its exceptions share no base class but Exception."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "EPFail")
-    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+    found = [getattr(state, name) for name in names if hasattr(state, name)]
+    return (RuntimeError, ValueError, OSError, *found)

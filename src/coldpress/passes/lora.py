@@ -24,7 +24,7 @@ from coldpress.hardware import Hardware, library_versions
 from coldpress.nn.adapters import Targets, decoder_linears, four_bit_names, resolve_modules_to_save, resolve_targets
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 
-__all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
+__all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig", "split_seed"]
 
 
 class LoRAConfig(Frozen):
