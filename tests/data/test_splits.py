@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldpress.data.splits import overlap, split_rows
+from coldpress.data.splits import overlap, split_rows, split_seed
 from coldpress.errors import DataError
 
 
@@ -44,3 +44,9 @@ def test_one_text_only() -> None:
 
 def test_overlap() -> None:
     assert overlap(["a", "b", "b"], ["b", "b", "c"]) == 2
+
+
+def test_split_seed() -> None:
+    assert split_seed({"data_seed": 0, "seed": 5}) == 0
+    assert split_seed({"data_seed": None, "seed": 5}) == 5
+    assert split_seed({}) == 42

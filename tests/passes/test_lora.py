@@ -20,7 +20,7 @@ from coldpress.errors import PlanError
 from coldpress.events import Event, Message
 from coldpress.hardware import Gpu
 from coldpress.passes.base import Context, PlanContext
-from coldpress.passes.lora import LoRA, LoRAConfig, QLoRA, QLoRAConfig, split_seed
+from coldpress.passes.lora import LoRA, LoRAConfig, QLoRA, QLoRAConfig
 
 ARGUMENTS = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 1, "logging_steps": 1}
 
@@ -188,12 +188,6 @@ def test_notes_and_estimates(tiny_phi3: Path, plan_context: PlanContext) -> None
     saved = {"per_device_train_batch_size": 64, "gradient_checkpointing": True}
     less = LoRA().plan(lora(train_data_config="stream", training_args={**ARGUMENTS, **saved}), spec, plan_context)
     assert less.estimate.ram < larger.estimate.ram
-
-
-def test_split_seed() -> None:
-    assert split_seed({"data_seed": 0, "seed": 5}) == 0
-    assert split_seed({"data_seed": None, "seed": 5}) == 5
-    assert split_seed({}) == 42
 
 
 def test_gradient_checkpointing_and_float32(tiny_phi3: Path, context: Callable[[str], Context]) -> None:

@@ -6,12 +6,13 @@ Rows with the same text go to the same side: a model that has seen a held-out ro
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from coldpress.errors import DataError
 
-__all__ = ["Split", "overlap", "split_rows"]
+__all__ = ["Split", "overlap", "split_rows", "split_seed"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ def split_rows(keys: Sequence[Hashable], size: float | int, seed: int) -> Split:
             hint="give a separate eval_data_config",
         )
     return Split(sorted(train), sorted(held_out), total - len(groups))
+
+
+def split_seed(arguments: Mapping[str, Any]) -> int:
+    """Seed of the split: `data_seed` of the training arguments, else `seed`, else 42."""
+    for name in ("data_seed", "seed"):
+        if arguments.get(name) is not None:
+            return int(arguments[name])
+    return 42
 
 
 def overlap(train: Sequence[Hashable], other: Sequence[Hashable]) -> int:

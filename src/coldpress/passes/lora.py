@@ -17,6 +17,7 @@ from pydantic import Field
 from coldpress.artifacts.base import AdapterSpec, Artifact, BaseQuantization, Spec
 from coldpress.config.schema import DataConfig, Frozen
 from coldpress.data.prepare import Prepared, check_masks, clamp, prepare
+from coldpress.data.splits import split_seed
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import DataError, MissingExtraError, PlanError
 from coldpress.events import Message
@@ -24,7 +25,7 @@ from coldpress.hardware import Hardware, library_versions
 from coldpress.nn.adapters import Targets, decoder_linears, four_bit_names, resolve_modules_to_save, resolve_targets
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 
-__all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig", "split_seed"]
+__all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
 
 
 class LoRAConfig(Frozen):
@@ -198,14 +199,6 @@ class QLoRA(LoRA):
                 hint="set both to the same, or leave compute_dtype out",
             )
         return BaseQuantization(config.quant_type, config.double_quant, config.torch_dtype)
-
-
-def split_seed(arguments: Mapping[str, Any]) -> int:
-    """Seed of the split into training and held-out rows: that of the data, else that of the training, else 42."""
-    for name in ("data_seed", "seed"):
-        if arguments.get(name) is not None:
-            return int(arguments[name])
-    return 42
 
 
 def _refuse(config: LoRAConfig, spec: Spec, env: PlanContext) -> None:
