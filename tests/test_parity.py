@@ -47,7 +47,7 @@ def changed(model: Path, target: Path, change: Callable[[str, Any], Any]) -> Pat
     return target
 
 
-def oracle(reference: Any, candidate: Any, sequences: Sequence[Sequence[int]]) -> tuple[float, float, float, float]:
+def oracle(reference: Any, candidate: Any, sequences: Sequence[Sequence[int]]) -> tuple[float, ...]:
     """Position by position, in float64."""
     kl, agree, losses_p, losses_q = [], [], [], []
     for ids in sequences:
@@ -64,7 +64,16 @@ def oracle(reference: Any, candidate: Any, sequences: Sequence[Sequence[int]]) -
         float(np.mean(agree)),
         math.exp(float(np.mean(losses_p))),
         math.exp(float(np.mean(losses_q))),
+        clustered_error(np.array(losses_q) - np.array(losses_p), [ids[1:] for ids in sequences]),
     )
+
+
+def clustered_error(growth: Any, targets: Sequence[Sequence[int]]) -> float:
+    """The sandwich estimator written out: residuals of equal tokens vary together, of different ones apart."""
+    tokens = np.concatenate(targets)
+    residual = growth - growth.mean()
+    together = sum(a * b for i, a in enumerate(residual) for b in residual[tokens == tokens[i]])
+    return math.sqrt(together) / len(growth)
 
 
 def test_against_the_oracle(model: Path, tmp_path: Path) -> None:
@@ -72,13 +81,14 @@ def test_against_the_oracle(model: Path, tmp_path: Path) -> None:
     other = changed(model, tmp_path / "other", lambda name, value: value + 0.02 * noise.standard_normal(value.shape))
     reference, candidate = TorchRunner(model), TorchRunner(other)
     found = compare(reference, candidate, SEQUENCES, batch_size=2)
-    kl, agree, perplexity_p, perplexity_q = oracle(reference, candidate, SEQUENCES)
+    kl, agree, perplexity_p, perplexity_q, error = oracle(reference, candidate, SEQUENCES)
     assert found.tokens == sum(len(one) - 1 for one in SEQUENCES)
     # 1e-4: float32 log-probabilities against float64 ones.
     assert found.kl == pytest.approx(kl, rel=1e-4)
     assert found.top1_agreement == pytest.approx(agree)
     assert found.perplexity_reference == pytest.approx(perplexity_p, rel=1e-4)
     assert found.perplexity == pytest.approx(perplexity_q, rel=1e-4)
+    assert found.standard_error == pytest.approx(error, rel=1e-3)
 
 
 def test_equal_models(model: Path) -> None:
@@ -168,7 +178,7 @@ def test_prove(model: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(1)
     other = changed(model, tmp_path / "other", lambda name, value: value + 0.02 * noise.standard_normal(value.shape))
     found = prove(Artifact.load(model), Artifact.load(other), context, tokens=300, data_config="rows")
-    assert set(found) == {"kl", "top1_agreement", "perplexity_reference", "perplexity", "tokens"}
+    assert set(found) == {"kl", "top1_agreement", "perplexity_reference", "perplexity", "standard_error", "tokens"}
     assert found["kl"] > 0
     assert found["tokens"] >= 300
     assert not [event for event in events if isinstance(event, Message)]

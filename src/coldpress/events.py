@@ -67,6 +67,8 @@ class ParityMeasured:
     top1_agreement: float
     perplexity_reference: float
     perplexity: float
+    standard_error: float
+    """Of the logarithm of the perplexities' ratio."""
     tokens: int
     passed: bool
     limit: str

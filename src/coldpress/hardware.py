@@ -85,10 +85,10 @@ def _cpuinfo() -> tuple[str, tuple[str, ...]]:
         if sys.platform == "darwin" and platform.machine() == "arm64":
             return name, ("neon",)
         return name, ()
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = set(flags.group(1).split()) if flags else set()
-    return (name.group(1) if name else platform.machine()), tuple(flag for flag in _INTERESTING if flag in present)
+    return (model.group(1) if model else platform.machine()), tuple(flag for flag in _INTERESTING if flag in present)
 
 
 def _gpus() -> tuple[Gpu, ...]:

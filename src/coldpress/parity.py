@@ -4,6 +4,11 @@
     Q   the candidate's                                            top-1   share of positions with the same best token
                                                                    ppl     exp(mean -ln p(next token)), of each
 
+    se      standard error of ln(ppl_Q / ppl_P): the mean over n positions of d = ln p - ln q, clustered by the
+            next token c, sqrt(sum_c (sum_{i in c} (d_i - mean d))^2) / n. Rounding moves a token's score the same way
+            wherever it stands, so its occurrences are no independent witnesses (Liang and Zeger 1986); in records
+            made from one template that is most of the text.
+
 Every position that has a next token counts once. Both models are loaded from their files and asked batch by batch;
 sums are float64. Peak memory: both models, and two batches of logits (`runners.LOGITS_BYTES` each).
 """
@@ -48,6 +53,8 @@ class ParityResult:
     top1_agreement: float
     perplexity_reference: float
     perplexity: float
+    standard_error: float
+    """Of the logarithm of their ratio."""
     tokens: int
     """Positions compared."""
 
@@ -155,6 +162,8 @@ class _Sums:
     def __init__(self) -> None:
         self.kl = self.agree = self.loss_p = self.loss_q = 0.0
         self.tokens = 0
+        self._growth: dict[int, tuple[float, int]] = {}
+        """Next token -> (sum of ln p - ln q, occurrences)."""
 
     def add(
         self, reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float32], targets: Sequence[int]
@@ -168,15 +177,22 @@ class _Sums:
             self.kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
             self.agree += float((p.argmax(axis=1) == q.argmax(axis=1)).sum())
             rows, next_tokens = np.arange(stop - start), np.asarray(targets[start:stop])
-            self.loss_p -= float(p[rows, next_tokens].sum(dtype=np.float64))
-            self.loss_q -= float(q[rows, next_tokens].sum(dtype=np.float64))
+            ln_p, ln_q = p[rows, next_tokens].astype(np.float64), q[rows, next_tokens].astype(np.float64)
+            self.loss_p -= float(ln_p.sum())
+            self.loss_q -= float(ln_q.sum())
+            for token, growth in zip(targets[start:stop], (ln_p - ln_q).tolist(), strict=True):
+                total, count = self._growth.get(token, (0.0, 0))
+                self._growth[token] = (total + growth, count + 1)
             self.tokens += stop - start
 
     def result(self) -> ParityResult:
         n = self.tokens
         # A candidate that yields NaN must not pass a limit, and NaN is neither above nor below one.
         kl = self.kl / n if math.isfinite(self.kl) else math.inf
-        return ParityResult(kl, self.agree / n, _perplexity(self.loss_p / n), _perplexity(self.loss_q / n), n)
+        mean = (self.loss_q - self.loss_p) / n
+        clusters = sum((total - count * mean) ** 2 for total, count in self._growth.values())
+        error = math.sqrt(clusters) / n if math.isfinite(clusters) else 0.0
+        return ParityResult(kl, self.agree / n, _perplexity(self.loss_p / n), _perplexity(self.loss_q / n), error, n)
 
 
 def _perplexity(loss: float) -> float:

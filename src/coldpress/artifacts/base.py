@@ -223,7 +223,7 @@ class Artifact:
             adapter = AdapterSpec(
                 r=int(record["r"]),
                 alpha=float(record["lora_alpha"]),
-                target_modules=tuple(sorted(str(name) for name in record["target_modules"])),
+                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in record["target_modules"]})),
             )
         return Spec(
             kind="checkpoint",

@@ -150,7 +150,7 @@ def _text(event: Event, width: int) -> str | None:
         sign = click.style("proved", fg="green") if event.passed else click.style("REFUSED", fg="red", bold=True)
         return (
             f"{event.step:{width}s}  {sign}  against its input: KL {event.kl:.2e}, top-1 {event.top1_agreement:.1%}, "
-            f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
+            f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} ± {event.standard_error:.1%} "
             f"({event.tokens} tokens; limit {event.limit})"
         )
     if isinstance(event, ScoreMeasured):

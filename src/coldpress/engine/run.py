@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from coldpress.artifacts.base import Artifact
 from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import AzureMLResource, Metric
 from coldpress.data.sources import files_of
+from coldpress.data.splits import split_seed
 from coldpress.digest import digest_files, digest_value
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
 from coldpress.engine.result import RunResult, Score, StepResult
@@ -40,6 +42,8 @@ __all__ = ["run"]
 _WORKER_MODULE = "coldpress.engine.worker"
 _EVALUATION_VERSION = 1
 """Part of the key of a cached score; raised when a score would come out differently."""
+_SURE = 3.0
+"""Standard errors by which perplexity must have grown beyond its limit: chance alone does so once in 700 proofs."""
 _RECORDED_LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "onnx-ir", "onnxruntime",
     "onnxruntime-genai", "numpy", "numba", "tokenizers", "safetensors",
@@ -287,14 +291,16 @@ class _Session:
         )  # fmt: skip
         measured = result["parity"]
         growth = measured["perplexity"] / measured["perplexity_reference"] - 1
-        passed = measured["kl"] <= step.limits.kl and growth <= step.limits.perplexity_increase
+        sure_growth = math.log1p(growth) - _SURE * measured["standard_error"]
+        passed = measured["kl"] <= step.limits.kl and sure_growth <= math.log1p(step.limits.perplexity_increase)
         limit = f"KL {step.limits.kl:g}, perplexity +{step.limits.perplexity_increase:.1%}"
         event = ParityMeasured(step=step.name, passed=passed, limit=limit, **measured)
         self.emit(event)
         if not passed:
             raise ParityError(
                 f"the result of {step.name} is too far from its input: mean KL {event.kl:.4g} nats a token, "
-                f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} ({growth:+.1%}) "
+                f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
+                f"({growth:+.1%} ± {event.standard_error:.1%}) "
                 f"on {event.tokens} tokens; the limit is {limit}",
                 hint=f"use a finer setting (smaller block, int8), or raise passes.{step.name}.parity.max_kl",
             )
@@ -431,7 +437,7 @@ def _parity_text(plan: Plan, step: Step) -> dict[str, Any]:
         if held_out is not None:
             return {**text, "data_config": held_out}
         if share is not None:
-            seed = other.config.training_args.get("data_seed") or other.config.training_args.get("seed") or 42
+            seed = split_seed(other.config.training_args)
             return {**text, "data_config": train, "held_out": {"size": share, "seed": seed}}
     evaluator = plan.loaded.workflow.evaluator
     if evaluator is not None:

@@ -144,6 +144,10 @@ def main() -> None:
             reply = {"error": _explain(error)}
         answer(json.dumps(reply))
         busy.clear()
+    # Taking thousands of modules apart takes a second, and nothing of theirs outlives this process.
+    sys.stderr.flush()
+    answers.flush()
+    os._exit(0)
 
 
 def _read(lines: Queue[str | None], busy: threading.Event) -> None:
