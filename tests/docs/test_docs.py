@@ -1,0 +1,48 @@
+"""What the documents say is what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from coldpress.registry import PASSES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_pass_reference_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_passes", ROOT / "docs" / "make_passes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "passes.md").read_text(encoding="utf-8") == module.page(), "run python docs/make_passes.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/config.md", "docs/proof.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_limits_of_the_docs_are_those_of_the_code() -> None:
+    from coldpress.passes.merge_adapter_weights import MERGE_LIMITS, ORIGINAL_BASE_LIMITS
+
+    text = (ROOT / "docs" / "proof.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (`.+?) \| ([\d.]+ \| \+[\d.]+ %) \|$", text, re.MULTILINE))
+    builder = PASSES["ModelBuilder"]()
+
+    def figures(limits: object) -> str:
+        return f"{limits.kl:g} | +{limits.perplexity_increase * 100:g} %"  # type: ignore[attr-defined]
+
+    assert rows["`MergeAdapterWeights`"] == figures(MERGE_LIMITS)
+    assert rows["`MergeAdapterWeights` of a QLoRA adapter with `base: original`"] == figures(ORIGINAL_BASE_LIMITS)
+    for names, row in (("fp32, fp16", ("fp32", "fp16")), ("int8, bf16", ("int8", "bf16")), ("int4", ("int4",))):
+        for precision in row:
+            config = builder.Config(precision=precision)
+            assert rows[f"`ModelBuilder` {names}"] == figures(builder.limits(config, None))
