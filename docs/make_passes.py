@@ -31,7 +31,15 @@ def page() -> str:
     ]
     for name in PASSES:
         cls = PASSES[name]
-        lines += ["", f"## {name}", "", inspect.getdoc(cls) or "", "", "| parameter | type | default | |", "| --- | --- | --- | --- |"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            inspect.getdoc(cls) or "",
+            "",
+            "| parameter | type | default | |",
+            "| --- | --- | --- | --- |",
+        ]
         for key, field in cls.Config.model_fields.items():
             default = field.get_default(call_default_factory=True)
             shown = "required" if default is PydanticUndefined else f"`{default}`"

@@ -1,8 +1,8 @@
 """Coldpress: fine-tune, merge, compress, export and prove a language model.
 
-    import coldpress
-    result = coldpress.run("olive-config.json")
-    print(result.output, result.scores)
+import coldpress
+result = coldpress.run("olive-config.json")
+print(result.output, result.scores)
 """
 
 from __future__ import annotations

@@ -16,7 +16,12 @@ from coldpress.hardware import Gpu, detect
 
 def coldpress(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "coldpress", *arguments], capture_output=True, text=True, cwd=cwd, input=stdin, check=False
+        [sys.executable, "-m", "coldpress", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        input=stdin,
+        check=False,
     )
 
 
@@ -28,7 +33,8 @@ def test_help_lists_every_verb() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "check", "plan", "migrate", "schema", "data", "finetune", "build", "generate", "chat", "cache", "doctor"]
+    "verb",
+    ["run", "check", "plan", "migrate", "schema", "data", "finetune", "build", "generate", "chat", "cache", "doctor"],
 )
 def test_every_verb_has_help(verb: str) -> None:
     done = coldpress(verb, "--help")
@@ -92,5 +98,10 @@ def test_cache_names_the_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_numbers_as_people_read_them() -> None:
     assert [size(0), size(1500), size(2.5e6), size(7.6e9), size(None)] == ["0 B", "1.5 kB", "2.5 MB", "7.6 GB", "?"]
-    assert [duration(0.44), duration(12.3), duration(185), duration(7800)] == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
+    assert [duration(0.44), duration(12.3), duration(185), duration(7800)] == [
+        "0.4 s",
+        "12 s",
+        "3 min 05 s",
+        "2 h 10 min",
+    ]
     assert table(["a", "n"], [["x", "10"], ["yy", "7"]], right=(1,)).splitlines()[1:] == ["x   10", "yy   7"]

@@ -184,7 +184,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 24 MB, where this process may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, check=False
+    )
     if done.returncode != 0:
         pytest.skip("no permission to mount a small tmpfs")
     yield place

@@ -53,7 +53,12 @@ def test_fine_tuning_makes_it_useful_and_int4_keeps_it_so(short_run: coldpress.R
 def test_it_says_the_tone_and_stops(short_run: coldpress.RunResult) -> None:
     generator = open_generator(short_run.output.parent)
     prompt = "### Text: I lost my best friend and I cannot stop crying.\n### The tone is:\n"
-    assert "".join(generator.stream(prompt, Sampling(max_new_tokens=20))).strip() in {"sadness", "joy", "fear", "surprise"}
+    assert "".join(generator.stream(prompt, Sampling(max_new_tokens=20))).strip() in {
+        "sadness",
+        "joy",
+        "fear",
+        "surprise",
+    }
 
 
 def test_the_record_holds_what_was_measured(short_run: coldpress.RunResult) -> None:

@@ -53,7 +53,9 @@ def load(config: str | None, arguments: Sequence[str]) -> LoadedConfig:
 def say_dialect(loaded: LoadedConfig, echo: Any = click.echo) -> None:
     """What was rewritten and what was odd, once each."""
     if loaded.rewrites:
-        dialect = "today's language" if loaded.dialect == "today" else f"Olive {loaded.dialect} dialect, read as today's"
+        dialect = (
+            "today's language" if loaded.dialect == "today" else f"Olive {loaded.dialect} dialect, read as today's"
+        )
         echo(f"{loaded.path or 'config'}: {dialect} ({len(loaded.rewrites)} rewrites):")
         for rewrite in loaded.rewrites:
             echo(f"  {rewrite}")

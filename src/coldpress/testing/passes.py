@@ -1,9 +1,9 @@
 """The contract every pass must keep, as a test class to inherit.
 
-    class TestMine(PassContract):
-        @pytest.fixture
-        def case(self, tmp_path):
-            return PassCase(Mine(), Mine.Config(bits=4), Artifact.load(model), data_configs={})
+class TestMine(PassContract):
+    @pytest.fixture
+    def case(self, tmp_path):
+        return PassCase(Mine(), Mine.Config(bits=4), Artifact.load(model), data_configs={})
 """
 
 from __future__ import annotations
