@@ -47,27 +47,47 @@ def make_model(folder: Path) -> None:
 def olive_config(data: Path) -> dict[str, object]:
     return {
         "input_model": {"type": "HfModel", "model_path": "model-cache/microsoft/phi-3-mini"},
-        "systems": {"local_system": {"type": "LocalSystem", "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}]}},
+        "systems": {
+            "local_system": {
+                "type": "LocalSystem",
+                "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+            }
+        },
         "data_configs": [
             {
                 "name": "train",
                 "type": "HuggingfaceContainer",
                 "load_dataset_config": {"data_name": "json", "data_files": str(data), "split": "train"},
                 "pre_process_data_config": {
-                    "text_cols": ["phrase", "tone"], "text_template": "### Text: {phrase}\n### The tone is:\n{tone}",
-                    "strategy": "join", "max_seq_len": 512, "pad_to_max_len": False, "use_attention_mask": False,
-                },  # fmt: skip
+                    "text_cols": ["phrase", "tone"],
+                    "text_template": "### Text: {phrase}\n### The tone is:\n{tone}",
+                    "strategy": "join",
+                    "max_seq_len": 512,
+                    "pad_to_max_len": False,
+                    "use_attention_mask": False,
+                },
             }
         ],
         "passes": {
-            "lora": {"type": "LoRA", "target_modules": ["o_proj", "qkv_proj"], "r": 64, "alpha": 64, "lora_dropout": 0.1,
-                     "train_data_config": "train", "training_args": TRAINING},
+            "lora": {
+                "type": "LoRA",
+                "target_modules": ["o_proj", "qkv_proj"],
+                "r": 64,
+                "alpha": 64,
+                "lora_dropout": 0.1,
+                "train_data_config": "train",
+                "training_args": TRAINING,
+            },
             "merge": {"type": "MergeAdapterWeights"},
             "builder": {"type": "ModelBuilder", "precision": "int4"},
         },
-        "host": "local_system", "target": "local_system", "search_strategy": False,
-        "cache_dir": "olive-cache", "output_dir": "olive-out", "log_severity_level": 1,
-    }  # fmt: skip
+        "host": "local_system",
+        "target": "local_system",
+        "search_strategy": False,
+        "cache_dir": "olive-cache",
+        "output_dir": "olive-out",
+        "log_severity_level": 1,
+    }
 
 
 def main() -> None:

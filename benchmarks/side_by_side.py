@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
 import subprocess
@@ -96,14 +97,12 @@ def alternate(
 def machine() -> str:
     """One line about the hardware."""
     name = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         name = next(
             line.split(":", 1)[1].strip()
             for line in Path("/proc/cpuinfo").read_text().splitlines()
             if line.startswith("model name")
         )
-    except (OSError, StopIteration):
-        pass
     memory = psutil.virtual_memory().total / 2**30
     return f"{name}, {psutil.cpu_count()} logical CPUs, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"
 

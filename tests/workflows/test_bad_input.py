@@ -47,22 +47,30 @@ def document() -> Document:
                 "type": "HuggingfaceContainer",
                 "load_dataset_config": {"data_name": "json", "data_files": "train.jsonl", "split": "train"},
                 "pre_process_data_config": {
-                    "text_template": "{phrase} -> {tone}", "strategy": "line-by-line", "max_seq_len": 64,
+                    "text_template": "{phrase} -> {tone}",
+                    "strategy": "line-by-line",
+                    "max_seq_len": 64,
                     "pad_to_max_len": False,
-                },  # fmt: skip
+                },
             }
         ],
         "passes": {
             "lora": {
-                "type": "LoRA", "r": 4, "target_modules": ["o_proj"], "train_data_config": "train",
+                "type": "LoRA",
+                "r": 4,
+                "target_modules": ["o_proj"],
+                "train_data_config": "train",
                 "eval_dataset_size": 0.2,
                 "training_args": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
             },
             "merge": {"type": "MergeAdapterWeights"},
             "build": {"type": "ModelBuilder", "precision": "int4"},
         },
-        "host": "here", "target": "here", "cache_dir": "cache", "output_dir": "output",
-    }  # fmt: skip
+        "host": "here",
+        "target": "here",
+        "cache_dir": "cache",
+        "output_dir": "output",
+    }
 
 
 def run(project: Path, document: Document, **options: Any) -> coldpress.RunResult:

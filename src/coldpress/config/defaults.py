@@ -16,9 +16,9 @@ from coldpress.config.tree import Node, from_plain, join_path, problem_at
 
 __all__ = [
     "OLIVE_0_6_TRAINING_DEFAULTS",
-    "has_eval_data",
     "QLORA_TRAINING_DEFAULTS",
     "TODAY_TRAINING_DEFAULTS",
+    "has_eval_data",
     "host_device",
     "training_defaults",
     "write_defaults",
