@@ -2,8 +2,8 @@
 
     python benchmarks/seed_workflow.py [--rounds 3] [--peer-python PYTHON]
 
-Olive rejects the seed's config as it stands, so it gets the same settings in its own language of today; its telemetry is
-off. Both start from an empty cache in the first table, and find everything cached in the second.
+Olive rejects the seed's config as it stands, so it gets the same settings in its own language of today; its telemetry
+is off. Both start from an empty cache in the first table, and find everything cached in the second.
 """
 
 from __future__ import annotations
@@ -16,8 +16,20 @@ from pathlib import Path
 
 from side_by_side import HERE, alternate, measure, peer_python, report
 
-OLIVE = ("olive-ai==0.13.0", "onnxruntime-genai==0.14.1", "onnxruntime", "torch==2.13.0", "transformers==5.23.0", "peft",
-         "accelerate", "datasets", "bitsandbytes", "scipy", "requests", "scikit-learn")  # fmt: skip
+OLIVE = (
+    "olive-ai==0.13.0",
+    "onnxruntime-genai==0.14.1",
+    "onnxruntime",
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "scipy",
+    "requests",
+    "scikit-learn",
+)
 ROOT = HERE.parent
 TRAINING = {
     "seed": 0, "data_seed": 42, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,

@@ -104,7 +104,8 @@ def machine() -> str:
             if line.startswith("model name")
         )
     memory = psutil.virtual_memory().total / 2**30
-    return f"{name}, {psutil.cpu_count()} logical CPUs, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"
+    system = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{name}, {psutil.cpu_count()} logical CPUs, {memory:.0f} GiB, {system}"
 
 
 def peer_python(name: str, requirements: Sequence[str]) -> str:

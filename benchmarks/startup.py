@@ -42,9 +42,8 @@ def main() -> None:
         shutil.copy(ROOT / "tests" / "workflows" / "seed" / config.name, config)
         for verb in ("check", "plan"):
             seconds = [measure([ours, verb, str(config)]).seconds for _ in range(options.rounds)]
-            print(
-                f"coldpress {verb} {config.name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})"
-            )
+            spread = f"({min(seconds):.2f}-{max(seconds):.2f})"
+            print(f"coldpress {verb} {config.name}: {statistics.median(seconds):.2f} s {spread}")
     print("bar: check + plan of a seed config in 1 s; Olive 0.13 rejects all four seed configs")
 
 

@@ -26,8 +26,8 @@ def page() -> str:
     lines = [
         "# Passes",
         "",
-        "Made from the code by `python docs/make_passes.py`. A parameter stands under the pass in the workflow, beside `type`;",
-        "`host`, `evaluator` and `parity` may stand there as well (see [config.md](config.md)).",
+        "Made from the code by `python docs/make_passes.py`. A parameter stands under the pass in the workflow, beside",
+        "`type`; `host`, `evaluator` and `parity` may stand there as well (see [config.md](config.md)).",
     ]
     for name in PASSES:
         cls = PASSES[name]

@@ -250,5 +250,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(workflow: Make, small_disk: Path) -> None:
     with (small_disk / "ballast").open("wb") as file:
         file.write(b"\0" * (6 << 20))
-    with pytest.raises((DiskFullError, ConfigError), match="no space left|of disk"):
+    with pytest.raises((DiskFullError, ConfigError), match=r"no space left|of disk"):
         coldpress.run(workflow({"mark": "a"}, cache_dir=str(small_disk / "cache")))

@@ -36,7 +36,7 @@ class PassCase:
     config: Any
     model: Artifact
     data_configs: Mapping[str, DataConfig] = field(default_factory=dict)
-    accelerator: Accelerator = Accelerator()
+    accelerator: Accelerator = field(default_factory=Accelerator)
 
     def planning(self) -> PlanContext:
         return PlanContext(detect(), self.accelerator, self.data_configs, data_bytes={})
