@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,22 @@ def phi3() -> Path:
 def phrases() -> Path:
     """The data set that ships with the example: a folder with train.jsonl and test.jsonl."""
     return ROOT / "examples" / "phrase-classification" / "dataset"
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a small disk (`disk_of("6m")`), where this process may mount one."""
+    mounted: list[Path] = []
+
+    def mount(size: str, *options: str) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(place)]
+        if os.name != "posix" or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("no permission to mount a small tmpfs")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,21 +187,8 @@ def test_a_result_beyond_its_limit_is_a_failed_step(project: Path, document: Doc
     refused(project, document, ParityError, "KL", "limit")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 24 MB, where this process may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip("no permission to mount a small tmpfs")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_in_the_middle_of_a_build(project: Path, document: Document, small_disk: Path) -> None:
+def test_a_full_disk_in_the_middle_of_a_build(project: Path, document: Document, disk_of: Callable[..., Path]) -> None:
+    small_disk = disk_of("24m")
     document["passes"] = {"build": {"type": "ModelBuilder", "precision": "fp32"}}
     document["cache_dir"] = str(small_disk / "cache")
     with pytest.raises((DiskFullError, ConfigError)) as caught:

@@ -71,9 +71,8 @@ def _workflow(model: str, output_dir: str, cache_dir: str, trust: bool, device: 
 
 def _finish(document: dict[str, Any], save_config: Path | None, trust: bool, log_format: str) -> None:
     """Save the workflow, or run it."""
-    from coldpress.api import load_config, run
-    from coldpress.cli.display import sink_for
-    from coldpress.cli.workflow import say_dialect
+    from coldpress.api import load_config
+    from coldpress.cli.workflow import run_and_show, say_dialect
 
     loaded = load_config(document)
     if save_config is not None:
@@ -86,11 +85,7 @@ def _finish(document: dict[str, Any], save_config: Path | None, trust: bool, log
         return
     if log_format != "json":
         say_dialect(loaded)
-    sink = sink_for(log_format)
-    try:
-        run(loaded, sinks=[sink], trust_remote_code=trust)
-    finally:
-        sink.close()
+    run_and_show(loaded, trust, log_format)
 
 
 def _share_or_count(text: str) -> float | int:

@@ -13,7 +13,7 @@ from coldpress.cli.text import duration, size, table
 from coldpress.config.load import LoadedConfig
 from coldpress.errors import UsageError
 
-__all__ = ["check", "load", "plan", "run", "say_dialect"]
+__all__ = ["check", "load", "plan", "run", "run_and_show", "say_dialect"]
 
 
 def _source(config: str | None, arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -73,12 +73,17 @@ def run(
     config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool
 ) -> None:
     """Run a workflow to its end. Finished steps are cached: a rerun does only what is missing."""
-    from coldpress.api import run as run_workflow
-    from coldpress.cli.display import sink_for
-
     loaded = load(config, arguments)
     if log_format != "json" and not quiet_dialect:
         say_dialect(loaded)
+    run_and_show(loaded, trust_remote_code, log_format)
+
+
+def run_and_show(loaded: LoadedConfig, trust_remote_code: bool, log_format: str) -> None:
+    """Run a workflow with its progress on the terminal."""
+    from coldpress.api import run as run_workflow
+    from coldpress.cli.display import sink_for
+
     sink = sink_for(log_format)
     try:
         run_workflow(loaded, sinks=[sink], trust_remote_code=trust_remote_code)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.arch import Arch
+from coldpress.data.tokenizer import TOKENIZER_FILES
 from coldpress.errors import CheckpointError
 
 __all__ = ["MAX_LENGTH", "copy_tokenizer", "genai_config"]
@@ -24,17 +25,6 @@ __all__ = ["MAX_LENGTH", "copy_tokenizer", "genai_config"]
 MAX_LENGTH = 4096
 """Default of `search.max_length` where the model's context is longer; a user can raise it up to the context length."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 # Search settings that a generation_config may set, and what holds without one.
@@ -135,7 +125,7 @@ def copy_tokenizer(source: Path, checkpoint: Path, target: Path) -> None:
             if slow
             else "is the download complete?",
         )
-    for names, folder in ((_TOKENIZER_FILES, source), (_CONFIG_FILES, checkpoint)):
+    for names, folder in ((TOKENIZER_FILES, source), (_CONFIG_FILES, checkpoint)):
         for name in names:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
