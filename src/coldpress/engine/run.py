@@ -107,6 +107,7 @@ class _Session:
         self.steps: list[StepResult] = []
         self.scores: list[Score] = []
         self.warnings: list[str] = []
+        self._light_soon = False
         self.started = time.perf_counter()
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -152,11 +153,19 @@ class _Session:
     # -- workers ------------------------------------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        """Start the processes that will be needed, so that their imports run while something else works."""
+        """Start the process with torch, if it will be needed: its imports are long. The other follows when it is idle."""
         missing = [step for step in self.plan.steps if step.key is None or self.plan.store.get(step.key) is None]
         if missing:
-            for torch in {step.needs_torch for step in missing} | {True for step in missing if step.limits is not None}:
-                self._worker(torch)
+            torch = any(step.needs_torch or step.limits is not None for step in missing)
+            self._worker(torch)
+            self._light_soon = torch and any(not step.needs_torch for step in missing)
+
+    def _relay(self, event: Event) -> None:
+        """An event of a worker. Its first one says that its imports are done: now the other worker may have the disk."""
+        if self._light_soon:
+            self._light_soon = False
+            self._worker(False)
+        self.emit(event)
 
     def _worker(self, torch: bool) -> Worker:
         worker = self.workers.get(torch)
@@ -200,7 +209,7 @@ class _Session:
             trust_remote_code=self.plan.trust_remote_code,
             parameters=parameters,
         )
-        return self._worker(torch).perform(job, self.emit, advice=lambda: advice)
+        return self._worker(torch).perform(job, self._relay, advice=lambda: advice)
 
     def stop(self) -> None:
         for worker in self.workers.values():
