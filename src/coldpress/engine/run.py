@@ -153,7 +153,7 @@ class _Session:
     # -- workers ------------------------------------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        """Start the process with torch, if it will be needed: its imports are long. The other follows when it is idle."""
+        """Start the process with torch, if it will be needed: its imports are long. The other one follows."""
         missing = [step for step in self.plan.steps if step.key is None or self.plan.store.get(step.key) is None]
         if missing:
             torch = any(step.needs_torch or step.limits is not None for step in missing)
@@ -161,7 +161,7 @@ class _Session:
             self._light_soon = torch and any(not step.needs_torch for step in missing)
 
     def _relay(self, event: Event) -> None:
-        """An event of a worker. Its first one says that its imports are done: now the other worker may have the disk."""
+        """An event of a worker. Its first one says that its imports are done: now the other may import."""
         if self._light_soon:
             self._light_soon = False
             self._worker(False)
