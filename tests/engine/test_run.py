@@ -17,7 +17,7 @@ import pytest
 
 import coldpress
 from coldpress.errors import ColdpressError, ConfigError, DiskFullError, StepError, StoreError, WorkerKilledError
-from coldpress.events import Event, Message, StepFinished
+from coldpress.events import Event, Message, Progress, StepFinished
 
 Make = Callable[..., dict[str, Any]]
 
@@ -40,6 +40,14 @@ def test_results_are_typed_and_recorded(workflow: Make, tmp_path: Path) -> None:
     assert [step["key"] for step in record["steps"]] == [step.key for step in result.steps]
     assert record["libraries"]["numpy"]
     assert (result.output / "artifact.json").is_file()
+
+
+def test_progress_tells_the_memory_in_use(workflow: Make) -> None:
+    events: list[Event] = []
+    coldpress.run(workflow({"seconds": 0.5}), sinks=[events.append])
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert progress[-1].done == progress[-1].total == 10
+    assert progress[-1].values["memory_bytes"] > 10_000_000
 
 
 def test_a_rerun_does_nothing_and_says_so(workflow: Make) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -22,7 +23,7 @@ from coldpress.artifacts.base import Artifact
 from coldpress.config.schema import Accelerator, DataConfig, Metric
 from coldpress.engine.store import as_store_error
 from coldpress.errors import ColdpressError, MissingExtraError, StoreError
-from coldpress.events import Event, event_to_json
+from coldpress.events import Event, Progress, event_to_json
 from coldpress.hardware import detect
 from coldpress.passes.base import Context
 from coldpress.registry import PASSES
@@ -39,6 +40,8 @@ class PeakMeter:
     def __init__(self) -> None:
         self.total = 0
         self.anonymous = 0
+        self.now = 0
+        """Resident memory at the last sample."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -53,6 +56,7 @@ class PeakMeter:
     def _watch(self) -> None:
         while True:
             total, anonymous = _resident()
+            self.now = total
             self.total, self.anonymous = max(self.total, total), max(self.anonymous, anonymous)
             if self._done.wait(0.02):
                 return
@@ -73,6 +77,13 @@ def _resident() -> tuple[int, int]:
 
 def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
     """Do one job in this process."""
+    peak = PeakMeter()
+
+    def with_memory(event: Event) -> None:
+        if isinstance(event, Progress):
+            event = replace(event, values={**event.values, "memory_bytes": float(peak.now)})
+        emit(event)
+
     data_configs = {name: DataConfig.model_validate(value) for name, value in job.data_configs.items()}
     context = Context(
         step=job.step,
@@ -81,12 +92,12 @@ def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
         hardware=detect(),
         accelerator=Accelerator.model_validate(job.accelerator),
         data_configs=data_configs,
-        emit=emit,
+        emit=with_memory,
         trust_remote_code=job.trust_remote_code,
     )
     model = artifact_from_dict(job.model)
     started = time.perf_counter()
-    with PeakMeter() as peak:
+    with peak:
         result = _KINDS[job.kind](job, model, context)
     return {
         **result,

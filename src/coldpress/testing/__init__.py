@@ -1,1 +1,1 @@
-"""Contract suites and tiny models for tests, also for plug-ins."""
+"""The contract that every pass keeps, as a test class that plug-ins inherit."""
