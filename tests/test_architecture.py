@@ -14,7 +14,7 @@ import coldpress
 SOURCE = Path(coldpress.__file__).parent
 FLOORS = (
     {"errors"},
-    {"digest", "events", "registry", "hardware"},
+    {"digest", "events", "registry", "hardware", "units"},
     {"kernels", "config"},
     {"artifacts"},
     {"data"},

@@ -13,7 +13,7 @@ from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import CheckpointError, MissingExtraError, UsageError
 from coldpress.evaluate.runners import TorchRunner
 
-__all__ = ["Generator", "Sampling", "open_generator", "resolve_model"]
+__all__ = ["Generator", "Sampling", "open_generator"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,9 @@ class Generator(Protocol):
         ...
 
 
-def resolve_model(path: Path) -> Artifact:
-    """A model folder, or a run's output folder (its `model` inside)."""
-    inside = path / "model"
-    known = ("artifact.json", "genai_config.json", "config.json", "adapter_config.json")
-    if inside.is_dir() and not any((path / name).is_file() for name in known):
-        path = inside
-    return Artifact.load(path)
-
-
 def open_generator(path: Path, *, trust_remote_code: bool = False) -> Generator:
     """Load a model for generation; raises CheckpointError or MissingExtraError."""
-    artifact = resolve_model(path)
+    artifact = Artifact.load(path)
     if artifact.kind == "onnx":
         return _GenAI(artifact)
     return _Torch(artifact, trust_remote_code)
@@ -78,6 +69,8 @@ class _GenAI:
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         ids = self._tokenizer.backend.encode(prompt).ids
+        if not ids:
+            raise UsageError("the prompt is empty", hint="give the model some text to continue")
         if len(ids) >= self._context:
             raise UsageError(f"the prompt has {len(ids)} tokens and the model's context is {self._context}")
         parameters = self._og.GeneratorParams(self._model)
@@ -126,7 +119,10 @@ class _Torch:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        ids = torch.tensor([self._tokenizer.backend.encode(prompt).ids])
+        prompt_ids = self._tokenizer.backend.encode(prompt).ids
+        if not prompt_ids:
+            raise UsageError("the prompt is empty", hint="give the model some text to continue")
+        ids = torch.tensor([prompt_ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         work = {**inputs, **options, "streamer": streamer, "pad_token_id": self._tokenizer.pad_id}
         thread = threading.Thread(target=self._model.generate, kwargs=work, daemon=True)

@@ -13,6 +13,7 @@ __all__ = [
     "Message",
     "ParityMeasured",
     "Progress",
+    "RunFailed",
     "RunFinished",
     "RunStarted",
     "ScoreMeasured",
@@ -105,6 +106,17 @@ class StepFailed:
 
 
 @dataclass(frozen=True)
+class RunFailed:
+    """The end of a run that did not reach its end; also of one that was refused before it began."""
+
+    error: str
+    """Class name, from `coldpress.errors`."""
+    message: str
+    hint: str | None
+    exit_code: int
+
+
+@dataclass(frozen=True)
 class RunFinished:
     output: str
     seconds: float
@@ -120,6 +132,7 @@ Event = (
     | ScoreMeasured
     | StepFinished
     | StepFailed
+    | RunFailed
     | RunFinished
 )
 Sink = Callable[[Event], None]
@@ -135,6 +148,7 @@ _TYPES: dict[str, type[Any]] = {
         ScoreMeasured,
         StepFinished,
         StepFailed,
+        RunFailed,
         RunFinished,
     )
 }

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from coldpress.cli.doctor import findings
-from coldpress.cli.text import duration, size, table
+from coldpress.cli.text import table
+from coldpress.engine.store import Store
 from coldpress.hardware import Gpu, detect
+from coldpress.units import duration, size
 
 
 def coldpress(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -94,6 +96,52 @@ def test_cache_names_the_folder_that_is_not_there(tmp_path: Path) -> None:
     done = coldpress("cache", "ls", cwd=tmp_path)
     assert done.returncode == 2
     assert str(tmp_path / ".coldpress-cache") in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    command = f"{sys.executable} -m coldpress schema | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "0"
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_of_a_damaged_cache_fails(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    store.prepare()
+    (store.root / "steps" / "k").mkdir()
+    (store.root / "steps" / "k" / "record.json").write_text("[]")
+    done = coldpress("cache", "verify", "--cache-dir", str(store.root))
+    assert done.returncode == 1
+    assert "record.json" in done.stderr
+    listed = coldpress("cache", "ls", "--cache-dir", str(store.root))
+    assert "1 damaged" in listed.stdout
+    assert coldpress("cache", "prune", "--cache-dir", str(store.root)).returncode == 0
+    assert not (store.root / "steps" / "k").exists()
+
+
+def test_only_a_cache_is_pruned(tmp_path: Path) -> None:
+    mine = tmp_path / "partial" / "x" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    done = coldpress("cache", "prune", "--all", "--cache-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert "is no cache of Coldpress" in done.stderr
+    assert mine.read_text() == "precious"
+
+
+def test_json_lines_cover_errors(tmp_path: Path) -> None:
+    done = coldpress("run", str(tmp_path / "none.json"), "--log-format", "json")
+    assert done.returncode == 2
+    event = json.loads(done.stdout.splitlines()[-1])
+    assert event["event"] == "RunFailed"
+    assert event["exit_code"] == 2
+    assert "none.json" in event["message"]
+
+
+def test_a_wrong_share_is_refused() -> None:
+    done = coldpress("finetune", "model", "--data", "x.jsonl", "--text-field", "t", "--eval-size", "abc")
+    assert done.returncode == 2
+    assert "--eval-size must be a share" in done.stderr
 
 
 def test_numbers_as_people_read_them() -> None:

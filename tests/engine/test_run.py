@@ -119,6 +119,65 @@ def test_an_edited_output_is_put_right(workflow: Make) -> None:
     assert again.steps[0].cached
 
 
+def test_what_lies_at_the_output_is_not_overwritten(workflow: Make, tmp_path: Path) -> None:
+    mine = tmp_path / "output" / "model" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(ConfigError, match="Coldpress did not write"):
+        coldpress.run(workflow({"mark": "a"}))
+    assert mine.read_text() == "years of work"
+
+
+def test_the_input_model_is_not_overwritten(workflow: Make, tmp_path: Path) -> None:
+    first = coldpress.run(workflow({"mark": "a"}))
+    document = workflow({"mark": "b"}, input_model={"type": "HfModel", "model_path": str(first.output)})
+    with pytest.raises(ConfigError, match="is an input"):
+        coldpress.run(document)
+
+
+def test_an_output_that_is_a_file_is_found_before_any_work(workflow: Make, tmp_path: Path) -> None:
+    (tmp_path / "output").write_text("a file")
+    with pytest.raises(ConfigError, match="is a file"):
+        coldpress.run(workflow({"mark": "a"}))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_clean_cache_is_in_the_plan(workflow: Make) -> None:
+    document = workflow({"mark": "a"})
+    coldpress.run(document)
+    assert coldpress.plan(document).steps[0].cached
+    assert not coldpress.plan({**document, "clean_cache": True}).steps[0].cached
+
+
+def test_a_workflow_without_passes_is_refused(workflow: Make) -> None:
+    with pytest.raises(ConfigError, match="no passes"):
+        coldpress.plan(workflow())
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}"])
+def test_a_damaged_record_counts_as_absent(workflow: Make, tmp_path: Path, damage: str) -> None:
+    document = workflow({"mark": "a"})
+    result = coldpress.run(document)
+    (result.steps[0].path / "record.json").write_text(damage)
+    (tmp_path / "cache" / "digests.json").write_text("[1]")
+    assert not coldpress.plan(document).steps[0].cached
+    assert not coldpress.run(document).steps[0].cached
+
+
+def test_nobody_prunes_under_a_run(workflow: Make, tmp_path: Path) -> None:
+    from coldpress.engine.store import Store
+
+    process = start(workflow({"seconds": 5.0}), tmp_path)
+    wait_for(tmp_path / "cache", "partial/*/work/tick-0")
+    with pytest.raises(StoreError, match="a run is using"):
+        Store(tmp_path / "cache").prune(unused_for=-1)
+    process.kill()
+    process.communicate(timeout=30)
+    time.sleep(0.2)
+    Store(tmp_path / "cache").prune(unused_for=-1)
+    assert not list((tmp_path / "cache" / "partial").iterdir())
+
+
 def test_changed_data_changes_the_key(workflow: Make, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     document = workflow(
@@ -211,7 +270,7 @@ def test_two_runs_share_a_cache(workflow: Make, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(workflow: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StoreError, match="file"):
+    with pytest.raises(ConfigError, match="is a file"):
         coldpress.run(workflow({"mark": "a"}, cache_dir=str(tmp_path / "file" / "cache")))
 
 
@@ -230,8 +289,8 @@ def test_a_cache_without_write_permission(workflow: Make, tmp_path: Path, read_o
     path.write_text(json.dumps(workflow({"mark": "a"}, cache_dir=str(read_only))))
     process = start(json.loads(path.read_text()), tmp_path)
     _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"{read_only}/steps cannot be written" in complaint
+    assert process.returncode == 2, "found before any work"
+    assert f"{read_only} cannot be written" in complaint
     assert "write permission" in complaint
     assert "Traceback" not in complaint
 

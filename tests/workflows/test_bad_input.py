@@ -198,6 +198,41 @@ def test_a_full_disk_in_the_middle_of_a_build(project: Path, document: Document,
     assert not (project / "output").exists()
 
 
+def test_the_cache_is_no_way_round_the_proof(project: Path, document: Document) -> None:
+    build = document["passes"]["build"]
+    document["passes"] = {"build": {**build, "parity": {"enabled": False}}}
+    assert run(project, document).steps[0].parity is None
+    document["passes"] = {"build": {**build, "parity": {"max_kl": 1e-6}}}
+    with pytest.raises(ParityError, match="KL"):
+        run(project, document)
+    document["passes"] = {"build": build}
+    proved = run(project, document).steps[0]
+    assert proved.cached, "the build itself is not done again"
+    assert proved.parity is not None
+    assert proved.parity.passed
+
+
+def test_ctrl_c_in_training_saves_and_ends_soon(project: Path, document: Document) -> None:
+    document["passes"]["lora"]["training_args"] |= {"max_steps": 2000}
+    path = project / "workflow.json"
+    path.write_text(json.dumps(document, indent=1))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coldpress", "run", str(path), "--log-format", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["event"] == "Progress":
+            break
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=45)  # far below the minute after which a worker is killed
+    assert process.returncode == 130
+    assert "goes on from" in complaint
+    assert list((project / "cache" / "partial").glob("*/work/checkpoints/checkpoint-*/complete"))
+
+
 STEPS = ("lora", "merge", "build")
 
 

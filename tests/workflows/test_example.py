@@ -48,7 +48,7 @@ def test_fine_tuning_makes_it_useful_and_int4_keeps_it_so(short_run: coldpress.R
     base, tuned, int4 = (short_run.score(model) for model in ("input", "lora", "int4"))
     assert base.n == tuned.n == int4.n == 200
     assert base.value < 0.5
-    assert tuned.value > 0.6, "one epoch of three"
+    assert tuned.value > base.value + 0.15, "one epoch of three, with the warm-up and decay of one"
     assert int4.value > tuned.value - 0.05
 
 

@@ -20,6 +20,7 @@ from coldpress.errors import CheckpointError
 __all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "read_json"]
 
 ARTIFACT_FILE = "artifact.json"
+_MARKS = (ARTIFACT_FILE, "genai_config.json", "adapter_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,13 @@ class Artifact:
 
     @classmethod
     def load(cls, path: Path) -> Artifact:
-        """Read a store folder, a checkpoint or an ONNX Runtime GenAI folder; raises CheckpointError."""
+        """Read a store folder, a checkpoint, an ONNX Runtime GenAI folder, or a run's output folder (`model` inside).
+
+        Raises CheckpointError.
+        """
         path = path.resolve()
+        if (path / "model").is_dir() and not any((path / name).is_file() for name in _MARKS):
+            path = path / "model"
         if (path / ARTIFACT_FILE).is_file():
             return cls.from_record(path, read_json(path / ARTIFACT_FILE))
         if (path / "genai_config.json").is_file():

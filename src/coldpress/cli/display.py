@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
 
 import click
 
-from coldpress.cli.text import duration, size
 from coldpress.events import (
     Event,
     Message,
@@ -22,6 +22,7 @@ from coldpress.events import (
     StepStarted,
     event_to_json,
 )
+from coldpress.units import duration, size
 
 __all__ = ["JsonLines", "PlainLines", "Terminal", "sink_for"]
 
@@ -40,7 +41,7 @@ class JsonLines:
     """Every event as one JSON line on standard output."""
 
     def __call__(self, event: Event) -> None:
-        click.echo(event_to_json(event))
+        _echo(event_to_json(event))
 
     def close(self) -> None:
         """Nothing to put away."""
@@ -69,7 +70,7 @@ class PlainLines:
             self.line(text)
 
     def line(self, text: str) -> None:
-        click.echo(text)
+        _echo(text)
 
     def close(self) -> None:
         """Nothing to put away."""
@@ -125,6 +126,12 @@ class Terminal(PlainLines):
         self._bars.stop()
 
 
+def _echo(text: str) -> None:
+    """Print; when the reader went away (`| head`), the run goes on without one."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(text)
+
+
 def _progress(event: Progress) -> str:
     figures = []
     for name, value in event.values.items():
@@ -150,7 +157,8 @@ def _text(event: Event, width: int) -> str | None:
         sign = click.style("proved", fg="green") if event.passed else click.style("REFUSED", fg="red", bold=True)
         return (
             f"{event.step:{width}s}  {sign}  against its input: KL {event.kl:.2e}, top-1 {event.top1_agreement:.1%}, "
-            f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} ± {event.standard_error:.1%} "
+            f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
+            f"({event.perplexity / event.perplexity_reference - 1:+.1%} ± {event.standard_error:.1%}) "
             f"({event.tokens} tokens; limit {event.limit})"
         )
     if isinstance(event, ScoreMeasured):

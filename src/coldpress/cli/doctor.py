@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from coldpress.cli.text import size
 from coldpress.hardware import Hardware, detect, library_versions
+from coldpress.units import size
 
 __all__ = ["doctor", "findings"]
 

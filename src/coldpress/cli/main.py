@@ -6,7 +6,6 @@ A verb's module is imported when it is called, so `coldpress --help` imports not
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from typing import Any
@@ -80,7 +79,8 @@ def _interrupt(*_: Any) -> None:
 
 def _run() -> int:
     try:
-        _root(standalone_mode=False)
+        code = _root(standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.ClickException as error:
@@ -97,10 +97,9 @@ def _run() -> int:
         if error.hint:
             click.echo(f"{click.style('  hint:', fg='cyan')} {error.hint}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) went away: nothing is wrong, and Python must not try to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as end:
+        # click ends so when the reader of the output (head, less) went away: nothing is wrong.
+        return 0 if isinstance(end.__context__, BrokenPipeError) else 1
     except Exception as error:  # noqa: BLE001 - the one place in the command line
         import traceback
 
@@ -111,7 +110,6 @@ def _run() -> int:
             err=True,
         )
         return 1
-    return 0
 
 
 def _show_problems(error: ConfigError) -> None:

@@ -89,7 +89,10 @@ def _finish(document: dict[str, Any], save_config: Path | None, trust: bool, log
 
 
 def _share_or_count(text: str) -> float | int:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise UsageError(f"--eval-size must be a share (0.1) or a count (200), got {text!r}") from error
 
 
 @click.command()
@@ -195,6 +198,13 @@ def _measure_accuracy(document: dict[str, Any], data: str) -> None:
     document["evaluator"] = "accuracy"
 
 
+def _has_adapter(model: Path) -> bool:
+    """Whether a folder is a fine-tuned model that was not merged."""
+    from coldpress.artifacts.base import Artifact
+
+    return model.is_dir() and Artifact.load(model).adapter is not None
+
+
 @click.command()
 @click.argument("model")
 @click.option(
@@ -228,6 +238,7 @@ def build(model: str, **options: Any) -> None:
     passes: dict[str, Any] = {}
     if options["adapter"] is not None:
         document["input_model"]["adapter_path"] = options["adapter"]
+    if options["adapter"] is not None or _has_adapter(Path(model)):
         passes["merge"] = {"type": "MergeAdapterWeights"}
     chosen: dict[str, Any] = {"type": "ModelBuilder", "precision": options["precision"]}
     if options["block_size"] is not None:

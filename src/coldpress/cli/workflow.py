@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
-from coldpress.cli.text import duration, size, table
+from coldpress.cli.text import table
 from coldpress.config.load import LoadedConfig
-from coldpress.errors import UsageError
+from coldpress.errors import ColdpressError, UsageError
+from coldpress.events import RunFailed
+from coldpress.units import duration, size
 
 __all__ = ["check", "load", "plan", "run", "run_and_show", "say_dialect"]
 
@@ -73,10 +75,19 @@ def run(
     config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool
 ) -> None:
     """Run a workflow to its end. Finished steps are cached: a rerun does only what is missing."""
-    loaded = load(config, arguments)
-    if log_format != "json" and not quiet_dialect:
-        say_dialect(loaded)
-    run_and_show(loaded, trust_remote_code, log_format)
+    if log_format != "json":
+        loaded = load(config, arguments)
+        if not quiet_dialect:
+            say_dialect(loaded)
+        run_and_show(loaded, trust_remote_code, log_format)
+        return
+    from coldpress.cli.display import JsonLines
+
+    try:
+        run_and_show(load(config, arguments), trust_remote_code, log_format)
+    except ColdpressError as error:
+        JsonLines()(RunFailed(type(error).__name__, error.message, error.hint, error.exit_code))
+        raise
 
 
 def run_and_show(loaded: LoadedConfig, trust_remote_code: bool, log_format: str) -> None:

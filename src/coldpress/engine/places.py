@@ -82,11 +82,14 @@ class Places:
         )
 
     def _with_adapter(self, artifact: Artifact, adapter_path: str) -> Artifact:
-        adapter = self.find(adapter_path)
-        if adapter is None or not (adapter / "adapter_config.json").is_file():
+        found = self.find(adapter_path)
+        # The folder itself, a fine-tuned model's artifact, or a run's output folder.
+        inside = [found / name for name in ("", "adapter", "model/adapter")] if found is not None else []
+        adapter = next((place for place in inside if (place / "adapter_config.json").is_file()), None)
+        if adapter is None:
             raise PlanError(
-                f"input_model.adapter_path: {adapter_path!r} is no adapter folder; "
-                f"looked in {self.looked_in(adapter_path)}"
+                f"adapter_path {adapter_path!r} is no adapter folder; looked in {self.looked_in(adapter_path)}",
+                hint="give the folder that holds adapter_config.json, or the output folder of a fine-tuning",
             )
         return Artifact(path=artifact.path, kind="checkpoint", model=artifact.model, adapter=adapter)
 
@@ -134,7 +137,8 @@ def model_files(artifact: Artifact) -> dict[str, Path]:
         if folder is None:
             continue
         for path in sorted(folder.iterdir()):
-            if path.is_file() and path.suffix in _WEIGHTS_AND_CONFIGS and not path.name.startswith("."):
+            counts = path.suffix in _WEIGHTS_AND_CONFIGS and not path.name.startswith(".") and path.name != "run.json"
+            if counts and path.is_file():
                 named[prefix + path.name] = path
     if not named:
         raise CheckpointError(f"{artifact.model} holds no model files")

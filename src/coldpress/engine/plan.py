@@ -6,7 +6,9 @@ hashed for a plan: nothing can be cached for it).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError,
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
+from coldpress.units import size
 
 __all__ = ["Plan", "Step", "check_plan", "input_artifact", "make_plan"]
 
@@ -122,6 +125,8 @@ class _Planner:
         input_spec, input_key = self._input(model)
         data = {name: self._data_fingerprint(name, config) for name, config in data_configs.items()}
         steps = self._steps(input_spec, input_key, accelerator, data_configs, data)
+        if not steps:
+            self.refuse("the workflow has no passes, so there is nothing to do", "passes", "add a pass")
         plan = Plan(
             loaded=self.loaded,
             places=self.places,
@@ -303,14 +308,14 @@ class _Planner:
             if unknown is None:
                 try:
                     planned = made.plan(entry.config, spec, env)
-                except PlanError as error:
+                except (PlanError, CheckpointError) as error:
                     self.refuse(error.message, f"passes.{name}", error.hint)
                     spec = spec_of_unknown(f"step {name} was refused")
                 else:
                     spec, estimate, notes = planned.spec, planned.estimate, planned.notes
                     limits = made.limits(entry.config, before)
             key = None if key is None or spec.unknown else self._key(made, entry, key, accelerator, data)
-            cached = key is not None and self.store.get(key) is not None
+            cached = not self.workflow.clean_cache and key is not None and self.store.get(key) is not None
             parity = entry.parity or self.workflow.parity
             steps.append(
                 Step(
@@ -364,25 +369,57 @@ class _Planner:
                 continue
             if step.estimate.ram > memory:
                 self.refuse(
-                    f"needs about {step.estimate.ram / 1e9:.1f} GB of memory, "
-                    f"and this machine has {memory / 1e9:.1f} GB",
+                    f"needs about {size(step.estimate.ram)} of memory, and this machine has {size(memory)}",
                     f"passes.{step.name}",
                     "use a smaller batch, a shorter max_seq_len or gradient_checkpointing",
                 )
             elif step.estimate.ram > self.hardware.available:
                 self.notes.append(
-                    f"{step.name} needs about {step.estimate.ram / 1e9:.1f} GB of memory; "
-                    f"{self.hardware.available / 1e9:.1f} GB are free now"
+                    f"{step.name} needs about {size(step.estimate.ram)} of memory; "
+                    f"{size(self.hardware.available)} are free now"
                 )
+        for key, folder in (("cache_dir", self.store.root), ("output_dir", plan.output_dir)):
+            self._can_write(key, folder)
+        self._overlaps(plan)
         existing = next(path for path in (self.store.root, *self.store.root.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if plan.estimate.disk > free:
             self.refuse(
-                f"needs about {plan.estimate.disk / 1e9:.1f} GB of disk, "
-                f"and {free / 1e9:.1f} GB are free on {existing}",
+                f"needs about {size(plan.estimate.disk)} of disk, and {size(free)} are free on {existing}",
                 "cache_dir",
                 "free some space (`coldpress cache prune`) or set cache_dir elsewhere",
             )
+
+    def _can_write(self, key: str, folder: Path) -> None:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir():
+            self.refuse(f"{existing} is a file, so {folder} cannot be a folder", key, "give another folder")
+        elif not os.access(existing, os.W_OK):
+            self.refuse(f"{existing} cannot be written", key, "give it write permission, or give another folder")
+
+    def _overlaps(self, plan: Plan) -> None:
+        """The model goes to output_dir/model, which is replaced as a whole: nothing of the user's may lie there."""
+        target = plan.output_dir / "model"
+        if target.is_dir() and any(target.iterdir()) and not (target / "artifact.json").is_file():
+            self.refuse(
+                f"{target} holds something that Coldpress did not write, and the model would replace it",
+                "output_dir",
+                "move it away, or give another output_dir",
+            )
+            return
+        artifact = plan.model.artifact
+        inputs = [] if artifact is None else [artifact.path, artifact.model, artifact.adapter]
+        for config in plan.data_configs.values():
+            with contextlib.suppress(DataError):  # refused already
+                inputs += files_of(config).values()
+        for place in inputs:
+            if place is not None and place.resolve().is_relative_to(target):
+                self.refuse(
+                    f"{place} is an input, and {target} is where the result replaces what is there",
+                    "output_dir",
+                    "give another output_dir",
+                )
+                return
 
 
 def _limits(default: Limits | None, asked: ParityLimits) -> Limits | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterable
@@ -13,18 +12,16 @@ from typing import Any
 import coldpress
 from coldpress.artifacts.base import Artifact
 from coldpress.config.load import LoadedConfig
-from coldpress.config.schema import AzureMLResource, Metric
-from coldpress.data.sources import files_of
-from coldpress.data.splits import split_seed
-from coldpress.digest import digest_files, digest_value
+from coldpress.config.schema import Metric
+from coldpress.digest import digest_value
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
+from coldpress.engine.proof import data_identity, judge, parity_text, refuse_if_too_far, text_identity
 from coldpress.engine.result import RunResult, Score, StepResult
 from coldpress.engine.store import Entry, disk_errors, publish, write_json
-from coldpress.errors import ColdpressError, Interrupted, ParityError, PlanError, StepError
+from coldpress.errors import ColdpressError, Interrupted, PlanError, StepError
 from coldpress.events import (
     Event,
     Message,
-    ParityMeasured,
     RunFinished,
     RunStarted,
     ScoreMeasured,
@@ -42,8 +39,6 @@ __all__ = ["run"]
 _WORKER_MODULE = "coldpress.engine.worker"
 _EVALUATION_VERSION = 1
 """Part of the key of a cached score; raised when a score would come out differently."""
-_SURE = 3.0
-"""Standard errors by which perplexity must have grown beyond its limit: chance alone does so once in 700 proofs."""
 _RECORDED_LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "onnx-ir", "onnxruntime",
     "onnxruntime-genai", "numpy", "numba", "tokenizers", "safetensors",
@@ -67,7 +62,8 @@ def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: 
         plan.store.digests.save()
     session = _Session(plan, tuple(sinks))
     try:
-        return session.run()
+        with plan.store.in_use():
+            return session.run()
     except KeyboardInterrupt:
         session.stop()
         raise Interrupted(
@@ -230,11 +226,8 @@ class _Session:
 
         with store.lock(step.key, waiting):
             entry = store.get(step.key, touch=True)
-            if entry is None:
-                entry = self._work(step, model)
-                cached = False
-            else:
-                cached = True
+            cached = entry is not None
+            entry = self._work(step, model) if entry is None else self._proved(step, model, entry)
         result = _step_result(step, entry, cached)
         self.steps.append(result)
         self.emit(
@@ -289,34 +282,34 @@ class _Session:
             if not done:
                 self.plan.store.discard(step.key, keep_work=True)
 
+    def _proved(self, step: Step, model: Artifact, entry: Entry) -> Entry:
+        """A finished step, measured if it was not (on this text), and judged by the limits of today."""
+        if step.limits is None:
+            return entry
+        parity = entry.record.get("parity")
+        if parity is None or parity.get("text") != text_identity(self.plan, step):
+            parity = self._measure(step, model, entry.artifact())
+            entry = self.plan.store.amend(entry, parity=parity)
+        refuse_if_too_far(judge(step, parity))
+        return entry
+
     def _prove(self, step: Step, reference: Artifact, candidate: Artifact) -> dict[str, Any]:
         """Compare the result of a step with its input on text; raises ParityError beyond the limit."""
-        assert step.limits is not None
+        parity = self._measure(step, reference, candidate)
+        refuse_if_too_far(judge(step, parity))
+        return parity
+
+    def _measure(self, step: Step, reference: Artifact, candidate: Artifact) -> dict[str, Any]:
         self.emit(StepStarted(step.name, "parity"))
         result = self._perform(
             "parity", step.name, candidate, True, "both models are loaded to compare them: free some memory, "
             "or set parity.enabled to false for this step (run.json then says that nothing was proved)",
-            reference=artifact_to_dict(reference), text=_parity_text(self.plan, step),
+            reference=artifact_to_dict(reference), text=parity_text(self.plan, step),
         )  # fmt: skip
-        measured = result["parity"]
-        growth = measured["perplexity"] / measured["perplexity_reference"] - 1
-        sure_growth = math.log1p(growth) - _SURE * measured["standard_error"]
-        passed = measured["kl"] <= step.limits.kl and sure_growth <= math.log1p(step.limits.perplexity_increase)
-        limit = f"KL {step.limits.kl:g}, perplexity +{step.limits.perplexity_increase:.1%}"
-        event = ParityMeasured(step=step.name, passed=passed, limit=limit, **measured)
-        self.emit(event)
-        if not passed:
-            raise ParityError(
-                f"the result of {step.name} is too far from its input: mean KL {event.kl:.4g} nats a token, "
-                f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
-                f"({growth:+.1%} ± {event.standard_error:.1%}) "
-                f"on {event.tokens} tokens; the limit is {limit}",
-                hint=f"use a finer setting (smaller block, int8), or raise passes.{step.name}.parity.max_kl",
-            )
-        return {
-            **{name: value for name, value in dataclasses.asdict(event).items() if name != "step"},
-            **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
-        }
+        figures = {name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")}
+        parity = {**result["parity"], **figures, "text": text_identity(self.plan, step)}
+        self.emit(judge(step, parity))
+        return parity
 
     # -- measures -----------------------------------------------------------------------------------------------------
 
@@ -349,30 +342,21 @@ class _Session:
             self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached))
 
     def _metric_identity(self, metric: Metric) -> Any:
+        config = metric.data_config
+        config = self.plan.data_configs[config] if isinstance(config, str) else config
         identity = metric.model_dump(mode="json", exclude={"name", "batch_size", "data_config"})
-        config = (
-            self.plan.data_configs[metric.data_config] if isinstance(metric.data_config, str) else metric.data_config
-        )
-        if isinstance(config.load_dataset_config.data_files, AzureMLResource):
-            return identity
-        files = files_of(config)
-        identity["data"] = config.model_dump(mode="json", exclude={"name": True, "load_dataset_config": {"data_files"}})
-        identity["files"] = digest_files(files, self.plan.store.digests) if files else None
-        return identity
+        return {**identity, "data": data_identity(config, self.plan.store.digests)}
 
     # -- output -------------------------------------------------------------------------------------------------------
 
     def _publish(self, entry: Entry | None) -> Path:
-        if entry is None:
-            raise PlanError(
-                "the workflow has no passes, so there is no model to hand over",
-                hint="add a pass, or use `coldpress check`",
-            )
+        assert entry is not None, "the plan refuses a workflow without passes"
         output_dir = self.plan.output_dir
         target = output_dir / "model"
         if _already_published(output_dir, entry):
             return target
-        (output_dir / "run.json").unlink(missing_ok=True)
+        with disk_errors(output_dir):
+            (output_dir / "run.json").unlink(missing_ok=True)
         return publish(entry, output_dir)
 
     def _record(self, output: Path) -> RunResult:
@@ -412,11 +396,8 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
     record = entry.record
-    parity = record.get("parity")
-    measured = None
-    if parity is not None:
-        names = {field.name for field in dataclasses.fields(ParityMeasured)}
-        measured = ParityMeasured(step=step.name, **{name: value for name, value in parity.items() if name in names})
+    parity = record.get("parity") if step.limits is not None else None
+    measured = None if parity is None else judge(step, parity)
     return StepResult(
         name=step.name,
         type=step.type,
@@ -430,29 +411,6 @@ def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
         parity_seconds=0.0 if parity is None else parity["seconds"],
         parity_peak_bytes=0 if parity is None else parity["peak_bytes"],
     )
-
-
-def _parity_text(plan: Plan, step: Step) -> dict[str, Any]:
-    """Which text to compare on: what the config names, else held-out data of a training step, else of the evaluator."""
-    text: dict[str, Any] = {"tokens": step.parity.tokens, "data_config": step.parity.data_config, "held_out": None}
-    if step.parity.data_config is not None:
-        return text
-    for other in plan.steps:
-        train = getattr(other.config, "train_data_config", None)
-        if train is None:
-            continue
-        held_out = getattr(other.config, "eval_data_config", None)
-        share = getattr(other.config, "eval_dataset_size", None)
-        if held_out is not None:
-            return {**text, "data_config": held_out}
-        if share is not None:
-            seed = split_seed(other.config.training_args)
-            return {**text, "data_config": train, "held_out": {"size": share, "seed": seed}}
-    evaluator = plan.loaded.workflow.evaluator
-    if evaluator is not None:
-        used = plan.evaluator(evaluator).metrics[0].data_config
-        return {**text, "data_config": used if isinstance(used, str) else None}
-    return text
 
 
 def _refers_to(artifact: Artifact, root: Path) -> list[str]:

@@ -33,6 +33,7 @@ from coldpress.errors import DiskFullError, StoreError
 __all__ = ["Entry", "FileDigests", "Store", "as_store_error", "disk_errors", "publish", "write_json"]
 
 RECORD_FILE = "record.json"
+MARKER_FILE = "coldpress-cache.txt"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class FileDigests:
         self._changed = False
         if path.is_file():
             with contextlib.suppress(ValueError, OSError):
-                self._known = json.loads(path.read_text(encoding="utf-8"))
+                known = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(known, dict):
+                    self._known = {name: row for name, row in known.items() if isinstance(row, list) and len(row) == 4}
 
     @staticmethod
     def _stamp(path: Path) -> list[int]:
@@ -141,26 +144,53 @@ class Store:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
-            ignore = self.root / ".gitignore"
-            if not ignore.exists():
-                ignore.write_text("*\n", encoding="utf-8")
+            for name, text in ((".gitignore", "*\n"), (MARKER_FILE, "A cache of Coldpress; see `coldpress cache`.\n")):
+                if not (self.root / name).exists():
+                    (self.root / name).write_text(text, encoding="utf-8")
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the folder is a cache, and not just any folder."""
+        return (self.root / MARKER_FILE).is_file()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Say for as long as a run lasts that the cache is used, so that nobody prunes it."""
+        import filelock
+
+        with filelock.FileLock(self.root / "locks" / f"run-{os.getpid()}-{threading.get_ident()}.lock"):
+            yield
+
+    def _used_by_a_run(self) -> bool:
+        import filelock
+
+        for path in (self.root / "locks").glob("run-*.lock"):
+            try:
+                with filelock.FileLock(path, timeout=0):
+                    pass
+            except filelock.Timeout:
+                return True
+            path.unlink(missing_ok=True)
+        return False
 
     def get(self, key: str, *, touch: bool = False) -> Entry | None:
         """The finished step under `key`, None when there is none or its files are not what was committed."""
-        path = self.root / "steps" / key
-        record_path = path / RECORD_FILE
-        if not record_path.is_file():
-            return None
-        try:
-            record = json.loads(record_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if any(not _unchanged(path / name, file) for name, file in record["files"].items()):
+        entry = self._read(self.root / "steps" / key)
+        if entry is None or any(
+            not _unchanged(entry.path / name, file) for name, file in entry.record["files"].items()
+        ):
             return None
         if touch:
             with contextlib.suppress(OSError):
-                os.utime(record_path)
-        return Entry(key, path, record)
+                os.utime(entry.path / RECORD_FILE)
+        return entry
+
+    def amend(self, entry: Entry, **more: Any) -> Entry:
+        """Add to the record of a finished step."""
+        record = {**entry.record, **more}
+        with disk_errors(entry.path):
+            write_json(entry.path / RECORD_FILE, record)
+        return Entry(entry.key, entry.path, record)
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -236,11 +266,17 @@ class Store:
         found = [entry for path in (self.root / "steps").glob("*") if (entry := self._read(path)) is not None]
         return sorted(found, key=lambda entry: -entry.last_used)
 
+    def damaged(self) -> list[Path]:
+        """Folders of steps whose record is missing or makes no sense; they count as absent."""
+        return [path for path in sorted((self.root / "steps").glob("*")) if self._read(path) is None]
+
     def _read(self, path: Path) -> Entry | None:
         try:
-            return Entry(path.name, path, json.loads((path / RECORD_FILE).read_text(encoding="utf-8")))
+            record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        whole = isinstance(record, dict) and isinstance(record.get("files"), dict)
+        return Entry(path.name, path, record) if whole else None
 
     def verify(self) -> list[str]:
         """Read every file again; one line for each that is not what was committed."""
@@ -261,8 +297,11 @@ class Store:
     def prune(self, *, unused_for: float) -> tuple[list[str], int]:
         """Delete steps not used for that many seconds, and abandoned work; (names, bytes freed).
 
-        A step that a kept one refers to (an adapter and its merged base) stays.
+        A step that a kept one refers to (an adapter and its merged base) stays; a damaged one always goes. Raises
+        StoreError while a run uses the cache.
         """
+        if self._used_by_a_run():
+            raise StoreError(f"a run is using {self.root}", hint="prune when it has ended")
         now = time.time()
         entries = {entry.key: entry for entry in self.entries()}
         kept = {key for key, entry in entries.items() if now - entry.last_used <= unused_for}
@@ -272,7 +311,10 @@ class Store:
                 if needed in entries and needed not in kept:
                     kept.add(needed)
                     queue.append(needed)
-        removed, freed = [], 0
+        removed, freed = [f"damaged                {path.name[:12]}" for path in self.damaged()], 0
+        for path in self.damaged():
+            freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            shutil.rmtree(path, ignore_errors=True)
         for key, entry in entries.items():
             if key not in kept:
                 removed.append(f"{entry.record.get('pass', '?'):22s} {key[:12]}")
@@ -336,9 +378,13 @@ def publish(entry: Entry, output_dir: Path) -> Path:
             if target.exists():
                 target.rename(old)
             staging.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 

@@ -154,6 +154,8 @@ def main() -> None:
             traceback.print_exc()
             reply = {"error": _explain(error)}
         answer(json.dumps(reply))
+        if reply.get("error", {}).get("type") == "Interrupted":
+            break  # it was asked to stop, and its work is saved
         busy.clear()
     # Taking thousands of modules apart takes a second, and nothing of theirs outlives this process.
     sys.stderr.flush()

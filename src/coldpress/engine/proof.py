@@ -1,0 +1,92 @@
+"""The proof of a step: on which text, judged by which limits. The measuring itself is `coldpress.parity`, in a worker.
+
+What was measured is kept with the step; limits are judged again at every run, and a step that was made without a proof,
+or proved on other text, is measured when it is next used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from coldpress.config.schema import AzureMLResource, DataConfig
+from coldpress.data.sources import files_of
+from coldpress.data.splits import split_seed
+from coldpress.digest import DigestMemory, digest_files, digest_value
+from coldpress.engine.plan import Plan, Step
+from coldpress.errors import ParityError
+from coldpress.events import ParityMeasured
+
+__all__ = ["data_identity", "judge", "parity_text", "refuse_if_too_far", "text_identity"]
+
+_VERSION = 1
+"""Part of what a measurement is recognised by; raised when the same models would measure differently."""
+_SURE = 3.0
+"""Standard errors by which perplexity must have grown beyond its limit: chance alone does so once in 700 proofs."""
+
+
+def judge(step: Step, measured: Mapping[str, Any]) -> ParityMeasured:
+    """What was measured, against the limits of today."""
+    assert step.limits is not None
+    names = {field.name for field in dataclasses.fields(ParityMeasured)} - {"step", "passed", "limit"}
+    figures = {name: value for name, value in measured.items() if name in names}
+    growth = figures["perplexity"] / figures["perplexity_reference"] - 1
+    sure_growth = math.log1p(growth) - _SURE * figures["standard_error"]
+    passed = figures["kl"] <= step.limits.kl and sure_growth <= math.log1p(step.limits.perplexity_increase)
+    limit = f"KL {step.limits.kl:g}, perplexity +{step.limits.perplexity_increase:.1%} beyond {_SURE:g} standard errors"
+    return ParityMeasured(step=step.name, passed=passed, limit=limit, **figures)
+
+
+def refuse_if_too_far(event: ParityMeasured) -> None:
+    """Raise ParityError for a result beyond its limit."""
+    if event.passed:
+        return
+    growth = event.perplexity / event.perplexity_reference - 1
+    raise ParityError(
+        f"the result of {event.step} is too far from its input: mean KL {event.kl:.4g} nats a token, "
+        f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
+        f"({growth:+.1%} ± {event.standard_error:.1%}) on {event.tokens} tokens; the limit is {event.limit}",
+        hint=f"use a finer setting (smaller block, int8), or raise passes.{event.step}.parity.max_kl",
+    )
+
+
+def parity_text(plan: Plan, step: Step) -> dict[str, Any]:
+    """Which text to compare on: what the config names, else held-out data of a training step, else of the evaluator."""
+    text: dict[str, Any] = {"tokens": step.parity.tokens, "data_config": step.parity.data_config, "held_out": None}
+    if step.parity.data_config is not None:
+        return text
+    for other in plan.steps:
+        train = getattr(other.config, "train_data_config", None)
+        if train is None:
+            continue
+        held_out = getattr(other.config, "eval_data_config", None)
+        share = getattr(other.config, "eval_dataset_size", None)
+        if held_out is not None:
+            return {**text, "data_config": held_out}
+        if share is not None:
+            seed = split_seed(other.config.training_args)
+            return {**text, "data_config": train, "held_out": {"size": share, "seed": seed}}
+    evaluator = plan.loaded.workflow.evaluator
+    if evaluator is not None:
+        used = plan.evaluator(evaluator).metrics[0].data_config
+        return {**text, "data_config": used if isinstance(used, str) else None}
+    return text
+
+
+def text_identity(plan: Plan, step: Step) -> str:
+    """Digest of all that decides on which tokens a step is proved."""
+    text = parity_text(plan, step)
+    name = text["data_config"]
+    data = None if name is None else data_identity(plan.data_configs[name], plan.store.digests)
+    return digest_value({"version": _VERSION, **text, "data_config": data})
+
+
+def data_identity(config: DataConfig, memory: DigestMemory) -> dict[str, Any]:
+    """What identifies the records of a data config: its settings and the contents of its files."""
+    files = {} if isinstance(config.load_dataset_config.data_files, AzureMLResource) else files_of(config)
+    return {
+        "settings": config.model_dump(mode="json", exclude={"name": True, "load_dataset_config": {"data_files"}}),
+        "files": digest_files(files, memory) if files else None,
+    }
