@@ -104,7 +104,19 @@ def test_an_unknown_family_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
+        ({"hidden_size": None}, CheckpointError, "config.json of the model.*: hidden_size is null, must be"),
+        ({"num_hidden_layers": "six"}, CheckpointError, "num_hidden_layers is 'six', must be a whole number above 0"),
+        ({"vocab_size": 1.5, "head_dim": -4}, CheckpointError, "vocab_size is 1.5, .*; head_dim is -4, must be"),
+        ({"num_key_value_heads": True}, CheckpointError, "num_key_value_heads is True"),
+        ({"rms_norm_eps": "small"}, CheckpointError, "rms_norm_eps is 'small', must be a number above 0"),
+        ({"tie_word_embeddings": "false"}, CheckpointError, "tie_word_embeddings is 'false', must be true or false"),
+        ({"rope_scaling": "linear"}, CheckpointError, "rope_scaling is 'linear', must be a mapping"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, CheckpointError, "factor is 'two', must be a number"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": 1, "long_factor": ["a"]}},
+            CheckpointError,
+            "short_factor must be a list of numbers, got 1; long_factor must",
+        ),
         ({"hidden_size": 66}, CheckpointError, "no multiple"),
         ({"num_key_value_heads": 3}, CheckpointError, "num_key_value_heads 3"),
         ({"hidden_act": "relu2"}, UnsupportedModelError, "hidden_act 'relu2'"),

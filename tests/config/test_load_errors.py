@@ -383,3 +383,27 @@ def test_remarks_are_left_out(today: Any, load: Any) -> None:
     assert "why" not in json.dumps(document)
     assert "_comment" not in json.dumps(document)
     assert "$schema" not in document
+
+
+@pytest.mark.parametrize("of_a_pass", [False, True])
+def test_accuracy_needs_an_answer(today: Any, write: Write, problems_of: Problems, of_a_pass: bool) -> None:
+    del today["data_configs"][0]["pre_process_data_config"]["label_col"]
+    if of_a_pass:
+        del today["evaluator"]
+        today["passes"]["ft"]["evaluator"] = "tones"
+    text = json.dumps(today, indent=1)
+    (problem,) = problems_of(write(text))
+    assert problem.path == "evaluators.tones.metrics.0.data_config"
+    assert problem.file.endswith("config.json")
+    assert text.splitlines()[(problem.line or 0) - 1].strip() == '"data_config": "train"'
+    assert "the data config train names no answer" in problem.message
+    assert "label_col" in (problem.hint or "")
+
+
+def test_accuracy_on_chats_or_unused_needs_none(today: Any, load: Callable[..., Any]) -> None:
+    block = today["data_configs"][0]["pre_process_data_config"]
+    del block["label_col"]
+    load({**today, "evaluator": None})
+    del block["text_template"]
+    block["chat_template"] = True
+    load(today)

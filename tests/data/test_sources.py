@@ -121,6 +121,15 @@ def test_bad_line_is_named(tmp_path: Path) -> None:
         read_records(config(data_name="json", data_files=str(path)))
 
 
+@pytest.mark.parametrize(("name", "hint"), [("csv", "as many fields as the header"), ("parquet", "download complete")])
+def test_damaged_tables_have_a_hint(tmp_path: Path, name: str, hint: str) -> None:
+    path = tmp_path / f"rows.{name}"
+    path.write_text("a,b\n1,2,3\n")
+    with pytest.raises(DataError, match=str(path)) as error:
+        read_records(config(data_name=name, data_files=str(path)))
+    assert hint in (error.value.hint or "")
+
+
 def test_missing_column_lists_the_real_ones(lines: Path) -> None:
     records = read_records(config(data_name="json", data_files=str(lines)))
     with pytest.raises(DataError, match=r"no column 'phrases' \(did you mean 'phrase'\?\).*it has: phrase, tone"):

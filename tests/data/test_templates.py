@@ -70,6 +70,9 @@ def test_chat(tokenizer: Tokenizer) -> None:
     assert render(row, settings(chat_template=True), tokenizer, answer="no").text.endswith("assistant: no<|end|>")
     with pytest.raises(DataError, match="must be a list of messages"):
         render({"messages": "hi"}, settings(chat_template=True), tokenizer)
+    with pytest.raises(DataError, match="'messages' is an empty list of messages") as error:
+        render({"messages": []}, settings(chat_template=True), tokenizer)
+    assert error.value.hint == "fill it in, or remove the row"
 
 
 def test_special_tokens_as_ids(tokenizer: Tokenizer) -> None:

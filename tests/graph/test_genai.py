@@ -34,6 +34,8 @@ def test_ids_come_from_both_configs() -> None:
     assert found["model"]["eos_token_id"] == [5, 6, 2]
     assert found["model"]["pad_token_id"] == 5
     assert found["model"]["bos_token_id"] == 1
+    outside = genai_config(arch, {**CONFIG, "pad_token_id": 32000}, {}, threads=3)
+    assert outside["model"]["pad_token_id"] == 2
     assert found["search"]["do_sample"] is True
     assert found["search"]["top_p"] == 0.9
     assert found["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
@@ -106,3 +108,14 @@ def test_tokens_and_greedy_text_equal_transformers(name: str, shared: Path, tmp_
     # Only Transformers keeps the end-of-text token that it stopped at.
     found = theirs.decode(list(generator.get_sequence(0)), skip_special_tokens=True)
     assert found == theirs.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_damaged_tokenizer_config_is_named(tmp_path: Path, name: str) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / name).write_text('{"bos_token": ')
+    with pytest.raises(CheckpointError, match=str(source / name)):
+        copy_tokenizer(source, source, target)

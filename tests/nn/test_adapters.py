@@ -59,6 +59,12 @@ def test_typos_list_the_real_names() -> None:
         resolve_targets("(", PHI3, "phi3")
 
 
+def test_an_empty_list_is_said_to_be_empty() -> None:
+    with pytest.raises(PlanError, match="target_modules is empty") as error:
+        resolve_targets((), PHI3, "phi3")
+    assert error.value.hint == "name some of down_proj, gate_up_proj, o_proj, qkv_proj; or all-linear"
+
+
 def test_modules_to_save() -> None:
     tensors = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
     assert resolve_modules_to_save(("lm_head",), tensors) == ("lm_head",)

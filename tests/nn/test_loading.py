@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from coldpress.artifacts.base import BaseQuantization
 from coldpress.errors import CheckpointError, UnsupportedModelError
-from coldpress.nn.loading import four_bit_layers, load_dequantized, load_model
+from coldpress.nn.loading import four_bit_layers, load_adapter, load_dequantized, load_model
 
 NF4 = BaseQuantization("nf4", True, "bfloat16")
 
@@ -59,6 +60,56 @@ def test_unknown_type_and_own_code(tiny_phi3: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedModelError, match="own Python code"):
         load_model(model)
+
+
+def changed_config(source: Path, target: Path, change: dict[str, Any]) -> Path:
+    model = copy(source, target)
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_parameters": None, "rope_scaling": {"type": "wobble"}}, "wobble"),
+        ({"num_hidden_layers": "six"}, "num_hidden_layers"),
+    ],
+)
+def test_a_config_that_transformers_refuses(
+    tiny_phi3: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    model = changed_config(tiny_phi3, tmp_path, change)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_model(model)
+    assert str(model) in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("pad", [32000, "absent"])
+def test_a_padding_id_outside_the_vocabulary_is_dropped(tiny_phi3: Path, tmp_path: Path, pad: int | str) -> None:
+    model = changed_config(tiny_phi3, tmp_path, {"pad_token_id": pad})
+    if pad == "absent":
+        record = json.loads((model / "config.json").read_text())
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            del record[key]
+        (model / "config.json").write_text(json.dumps(record))
+    loaded = load_model(model)
+    assert loaded.config.pad_token_id is None
+    assert loaded.get_input_embeddings().padding_idx is None
+
+
+def test_an_adapter_loads_without_a_word(tiny_phi3: Path, tmp_path: Path) -> None:
+    import peft
+
+    made = peft.get_peft_model(
+        load_model(tiny_phi3), peft.LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    )
+    made.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    base = load_model(tiny_phi3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load_adapter(base, tmp_path / "adapter")
 
 
 def snapshot(model: Any) -> dict[str, tuple[bytes, bool, Any]]:

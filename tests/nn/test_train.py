@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,39 @@ def test_a_loss_that_is_not_finite(tiny_phi3: Path, tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError, match=r"the loss became nan in step 2; the last finite one was .* in step 1"):
         train(model, sequences(), None, arguments=ARGUMENTS, pad_id=258, work=tmp_path, step="t", emit=poison)
+
+
+def test_a_loss_that_is_not_finite_in_the_first_step(tiny_phi3: Path, tmp_path: Path) -> None:
+    model = adapted(tiny_phi3)
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"in the first step.*the model itself yields it") as error:
+        train(
+            model, sequences(), None, arguments=ARGUMENTS, pad_id=258, work=tmp_path, step="t", emit=lambda event: None
+        )
+    assert "does the checkpoint hold NaN" in str(error.value)
+    assert "learning_rate" not in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "lion_32bit", "ademamix_8bit", "rmsprop_bnb"])
+def test_optimizers_of_bitsandbytes(tiny_phi3: Path, tmp_path: Path, optimizer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    report, _ = run(tiny_phi3, tmp_path, optim=optimizer, max_steps=2, learning_rate=1e-4)
+    assert report.steps == 2
+
+
+def test_gradient_checkpointing_says_nothing_of_renames(tiny_phi3: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(
+            tiny_phi3,
+            tmp_path,
+            max_steps=1,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    said = [str(one.message) for one in caught if issubclass(one.category, FutureWarning)]
+    # `adapted` above wraps the model itself, outside of what is tested.
+    assert [text for text in said if "is_gradient_checkpointing" not in text] == []
 
 
 def test_arguments_that_do_not_go_together(tiny_phi3: Path, tmp_path: Path) -> None:

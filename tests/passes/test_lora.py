@@ -16,7 +16,7 @@ from coldpress.artifacts.base import Artifact
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.config.schema import Accelerator
 from coldpress.data.tokenizer import Tokenizer
-from coldpress.errors import PlanError
+from coldpress.errors import CheckpointError, MissingExtraError, PlanError
 from coldpress.events import Event, Message
 from coldpress.hardware import Gpu
 from coldpress.passes.base import Context, PlanContext
@@ -149,13 +149,40 @@ def test_save_quant_config_off(tiny_phi3: Path, plan_context: PlanContext) -> No
         ({"torch_dtype": "float16"}, "trains on GPUs only"),
         ({"eval_dataset_size": 0.1, "eval_data_config": "stream"}, "exclude each other"),
         ({"training_args": {"eval_strategy": "steps"}}, "needs data to evaluate on"),
-        ({"training_args": {"optim": "paged_lion_32bit"}}, "needs an NVIDIA GPU"),
+        ({"target_modules": ()}, "target_modules is empty"),
         ({"train_data_config": "streams"}, "there is no data config called 'streams'"),
     ],
 )
 def test_refusals(tiny_phi3: Path, plan_context: PlanContext, values: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         LoRA().plan(lora(**values), Artifact.load(tiny_phi3).describe(), plan_context)
+
+
+def test_a_size_that_is_none_is_named(tiny_phi3: Path, plan_context: PlanContext) -> None:
+    spec = Artifact.load(tiny_phi3).describe()
+    broken = dataclasses.replace(spec, config={**spec.config, "num_hidden_layers": "six"})
+    with pytest.raises(
+        CheckpointError, match=r"config\.json of the model: num_hidden_layers is 'six', must be a whole"
+    ):
+        LoRA().plan(lora(), broken, plan_context)
+
+
+def test_optimizers_of_bitsandbytes(
+    tiny_phi3: Path, context: Callable[[str], Context], plan_context: PlanContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = Artifact.load(tiny_phi3)
+    config = lora(training_args={**ARGUMENTS, "optim": "adamw_bnb_8bit"})
+    assert LoRA().run(config, base, context("lora")).adapter is not None
+    paged = lora(training_args={**ARGUMENTS, "optim": "paged_lion_32bit"})
+    notes = LoRA().plan(paged, base.describe(), plan_context).notes
+    assert any("paged_lion_32bit needs an NVIDIA GPU; on the CPU lion_32bit" in note for note in notes)
+    versions = {**dict.fromkeys(LoRA.libraries, "1"), "bitsandbytes": None}
+    monkeypatch.setattr(
+        "coldpress.passes.lora.library_versions", lambda names: {name: versions[name] for name in names}
+    )
+    with pytest.raises(MissingExtraError, match="optim adamw_bnb_8bit needs bitsandbytes, not installed"):
+        LoRA().plan(config, base.describe(), plan_context)
 
 
 def test_more_refusals(tiny_phi3: Path, plan_context: PlanContext) -> None:

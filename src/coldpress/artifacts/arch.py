@@ -80,6 +80,21 @@ _ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 _HAS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SIZES = (
+    *_REQUIRED,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "sliding_window",
+)
+_NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+_PLACE = "config.json of the model"
+_HINT = "is the download complete? Otherwise correct the key in config.json"
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -218,17 +233,17 @@ def arch_from_config(config: Mapping[str, Any]) -> Arch:
     values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     # A null means "no window" and must not be filled with the default.
     window = config["sliding_window"] if "sliding_window" in config else family.defaults.get("sliding_window")
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in required if key not in values]
-    if missing:
-        raise CheckpointError(f"config.json of this {family.model_type} model lacks {', '.join(missing)}")
+    _check_values(family, config, values)
     hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
     kv_heads = int(values.get("num_key_value_heads", heads))
     if "head_dim" not in values and hidden % heads:
-        raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        raise CheckpointError(
+            f"{_PLACE}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is not given",
+            hint=_HINT,
+        )
     if heads % kv_heads:
         raise CheckpointError(
-            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            f"{_PLACE}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}", hint=_HINT
         )
     if values["hidden_act"] not in ACTIVATIONS:
         raise UnsupportedModelError(
@@ -269,6 +284,59 @@ def _family(config: Mapping[str, Any]) -> Family:
     )
 
 
+def _check_values(family: Family, config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Every size must be a whole number above 0, every number and flag one; raises CheckpointError with all others."""
+    problems = [
+        f"{key} is {'null' if key in config else 'missing'}, must be a whole number above 0"
+        for key in _REQUIRED
+        if key not in values
+    ]
+    problems += [
+        f"{key} is {values[key]!r}, must be a whole number above 0"
+        for key in _SIZES
+        if key in values and not (type(values[key]) is int and values[key] > 0)
+    ]
+    problems += [
+        f"{key} is {values[key]!r}, must be a number above 0"
+        for key in _NUMBERS
+        if key in values and not (_is_number(values[key]) and values[key] > 0)
+    ]
+    problems += [
+        f"{key} is {values[key]!r}, must be true or false"
+        for key in _FLAGS
+        if key in values and not isinstance(values[key], bool)
+    ]
+    problems += [
+        f"{key} is {values[key]!r}, must be a mapping"
+        for key in ("rope_scaling", "rope_parameters")
+        if key in values and not isinstance(values[key], Mapping)
+    ]
+    if problems:
+        raise CheckpointError(f"{_PLACE} (model_type {family.model_type}): " + "; ".join(problems), hint=_HINT)
+
+
+def _check_rope_values(kind: str, raw: Mapping[str, Any]) -> None:
+    """Numbers, and lists of numbers, in a mapping of rope parameters; raises CheckpointError with every other value."""
+    required, optional = _ROPE_KEYS[kind]
+    keys = (*required, *optional, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    problems = []
+    for key in keys:
+        value = raw.get(key)
+        if value is None or key == "truncate":
+            continue
+        if key.endswith("_factor") and key.startswith(("short", "long")):
+            if not isinstance(value, list) or not all(map(_is_number, value)):
+                problems.append(f"{key} must be a list of numbers, got {str(value)[:60]}")
+        elif not _is_number(value):
+            problems.append(f"{key} is {value!r}, must be a number")
+    if problems:
+        raise CheckpointError(f"{_PLACE}, rope type {kind!r}: " + "; ".join(problems), hint=_HINT)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _rope(family: Family, values: Mapping[str, Any], head_dim: int) -> Rope:
     raw = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     kind = str(raw.get("rope_type") or raw.get("type") or "default")
@@ -280,7 +348,8 @@ def _rope(family: Family, values: Mapping[str, Any], head_dim: int) -> Rope:
     required, optional = _ROPE_KEYS[kind]
     missing = [key for key in required if raw.get(key) is None]
     if missing:
-        raise CheckpointError(f"config.json: rope type {kind!r} needs {', '.join(missing)}")
+        raise CheckpointError(f"{_PLACE}: rope type {kind!r} needs {', '.join(missing)}", hint=_HINT)
+    _check_rope_values(kind, raw)
     partial = float(raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)))
     dim = int(head_dim * partial)
     length = int(values["max_position_embeddings"])
@@ -294,12 +363,17 @@ def _rope(family: Family, values: Mapping[str, Any], head_dim: int) -> Rope:
         parameters.setdefault("factor", length / original)
         if not len(short) == len(long) == dim // 2:
             raise CheckpointError(
-                f"config.json: longrope wants {dim // 2} factors for {dim} rotary dimensions, "
-                f"got {len(short)} short and {len(long)} long"
+                f"{_PLACE}: longrope wants {dim // 2} factors for {dim} rotary dimensions, "
+                f"got {len(short)} short and {len(long)} long",
+                hint=_HINT,
             )
     if kind in _HAS_ORIGINAL_LENGTH:
         parameters["original_length"] = original
     theta = float(raw.get("rope_theta", values.get("rope_theta", 10000.0)))
     if dim < 2 or dim % 2 or not math.isfinite(theta):
-        raise CheckpointError(f"config.json: {dim} rotary dimensions of head size {head_dim}, rope_theta {theta}")
+        raise CheckpointError(
+            f"{_PLACE}: {dim} rotary dimensions of head size {head_dim}, rope_theta {theta}; "
+            "the dimensions must be even and at least 2, rope_theta finite",
+            hint=_HINT,
+        )
     return Rope(kind, dim, theta, parameters, short, long, original)

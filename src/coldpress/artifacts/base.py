@@ -78,7 +78,7 @@ class Spec:
     @property
     def context_length(self) -> int | None:
         value = self.config.get("max_position_embeddings")
-        return int(value) if value is not None else None
+        return value if isinstance(value, int) else None
 
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """Linear layers of the decoder by module name: (out_features, in_features). Embeddings are left out."""
@@ -226,11 +226,17 @@ class Artifact:
         adapter = None
         if self.adapter is not None:
             record = read_json(self.adapter / "adapter_config.json")
-            adapter = AdapterSpec(
-                r=int(record["r"]),
-                alpha=float(record["lora_alpha"]),
-                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in record["target_modules"]})),
-            )
+            try:
+                adapter = AdapterSpec(
+                    r=int(record["r"]),
+                    alpha=float(record["lora_alpha"]),
+                    target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in record["target_modules"]})),
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self.adapter / 'adapter_config.json'} is no low-rank adapter's config: {error!r}",
+                    hint="an adapter of PEFT has r, lora_alpha and target_modules there",
+                ) from error
         return Spec(
             kind="checkpoint",
             config=config,

@@ -221,7 +221,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", hint="convert it") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
@@ -253,7 +253,9 @@ def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
 
 def _object(row: Any, place: str) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: a row must be a JSON object, got {type(row).__name__}")
+        raise DataError(
+            f"{place}: a row must be a JSON object, got {type(row).__name__}", hint='write {"column": value, ...}'
+        )
     return row
 
 
@@ -265,7 +267,10 @@ def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
     try:
         table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
     except ArrowInvalid as error:
-        raise DataError(f"{path} is not valid CSV: {error}") from error
+        raise DataError(
+            f"{path} is not valid CSV: {error}",
+            hint="every row needs as many fields as the header; quote fields that hold commas or line breaks",
+        ) from error
     yield from _table_rows(table, path)
 
 
@@ -275,7 +280,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[Row, str]]:
     try:
         table = parquet.read_table(path)
     except (ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a valid Parquet file: {error}") from error
+        raise DataError(
+            f"{path} is not a valid Parquet file: {error}", hint="is the download complete, and data_name right?"
+        ) from error
     yield from _table_rows(table, path)
 
 
@@ -324,7 +331,10 @@ def _through_datasets(load: LoadDataset, files: Mapping[str, Sequence[Path]]) ->
                 keep_in_memory=bool(files) or None,
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"the data set {origin} cannot be loaded: {error}") from error
+            raise DataError(
+                f"the data set {origin} cannot be loaded: {error}",
+                hint="check data_name, subset, split and data_files of load_dataset_config",
+            ) from error
         if isinstance(found, dict):
             if len(found) > 1:
                 raise DataError(
@@ -334,7 +344,7 @@ def _through_datasets(load: LoadDataset, files: Mapping[str, Sequence[Path]]) ->
             found = next(iter(found.values()))
         rows = found.to_list()
     if not rows:
-        raise DataError(f"the data set {origin} holds no rows")
+        raise DataError(f"the data set {origin} holds no rows", hint="check split, or the file")
     return Records(
         rows=rows,
         columns=tuple(found.column_names),

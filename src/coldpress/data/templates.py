@@ -24,6 +24,9 @@ from coldpress.errors import DataError
 __all__ = ["Encoded", "Rendered", "columns_of", "encode", "render", "render_all"]
 
 
+_MESSAGES_HINT = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+
+
 @dataclass(frozen=True)
 class Rendered:
     """The text of one record."""
@@ -141,16 +144,23 @@ def _render_chat(
     if tokenizer is None:
         raise DataError("a chat template needs the model's tokenizer")
     messages = row.get(config.message_col)
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"{config.message_col!r} must be a list of messages, got {type(messages).__name__}")
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise DataError(
+            f"{config.message_col!r} must be a list of messages, got {type(messages).__name__}", hint=_MESSAGES_HINT
+        )
+    if not messages:
+        raise DataError(f"{config.message_col!r} is an empty list of messages", hint="fill it in, or remove the row")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise DataError(f"a message must have role and content, got {message!r}")
+            raise DataError(f"a message must have role and content, got {message!r}", hint=_MESSAGES_HINT)
     template = config.chat_template if isinstance(config.chat_template, str) else None
     last = messages[-1]
     if last["role"] != "assistant":
         if config.completion_only_loss:
-            raise DataError("the last message must be the assistant's for completion_only_loss")
+            raise DataError(
+                f"the last message must be the assistant's for completion_only_loss, it is of {last['role']!r}",
+                hint="end the row with the answer, or set completion_only_loss to false",
+            )
         return Rendered(tokenizer.chat(messages, template=template))
     if answer is not None:
         messages = [*messages[:-1], {**last, "content": answer}]
@@ -160,7 +170,10 @@ def _render_chat(
         content = str(messages[-1]["content"])
         place = text.rfind(content)
         if place < 0:
-            raise DataError("the chat template does not show the last message as it is, so the answer has no place")
+            raise DataError(
+                "the chat template does not show the last message as it is, so the answer has no place",
+                hint="give a template that writes the content unchanged as chat_template",
+            )
         return Rendered(text, place, content)
     return Rendered(text, len(prompt), str(messages[-1]["content"]))
 

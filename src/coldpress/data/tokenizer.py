@@ -114,7 +114,10 @@ class Tokenizer:
                 messages=list(messages), add_generation_prompt=generation_prompt, **(self.special_tokens or {})
             )
         except TemplateError as error:
-            raise DataError(f"the chat template cannot render these messages: {error}") from error
+            raise DataError(
+                f"the chat template cannot render these messages: {error}",
+                hint="do the roles follow the order that the template wants (user, assistant, user ...)?",
+            ) from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.arch import Arch
+from coldpress.artifacts.base import read_json
 from coldpress.data.tokenizer import TOKENIZER_FILES
 from coldpress.errors import CheckpointError
 
@@ -67,7 +68,8 @@ def genai_config(
     if threads is not None:
         session["intra_op_num_threads"] = threads
     eos = _token_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
-    pad = _token_ids(generation.get("pad_token_id"), config.get("pad_token_id")) or eos
+    pad = _token_ids(generation.get("pad_token_id"), config.get("pad_token_id"))
+    pad = [token for token in pad if 0 <= token < arch.vocab] or eos
     bos = _token_ids(generation.get("bos_token_id"), config.get("bos_token_id"))
     first = "inputs_embeds" if inputs_embeds else "input_ids"
     model: dict[str, Any] = {
@@ -125,6 +127,9 @@ def copy_tokenizer(source: Path, checkpoint: Path, target: Path) -> None:
             if slow
             else "is the download complete?",
         )
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            read_json(source / name)  # a damaged one is named where it lies
     for names, folder in ((TOKENIZER_FILES, source), (_CONFIG_FILES, checkpoint)):
         for name in names:
             if (folder / name).is_file():
@@ -134,9 +139,9 @@ def copy_tokenizer(source: Path, checkpoint: Path, target: Path) -> None:
 
 def _complete_tokenizer_config(path: Path) -> None:
     """onnxruntime-genai opens tokenizer_config.json without asking whether it is there, and knows BOS only from it."""
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     beside = path.with_name("special_tokens_map.json")
-    special = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    special = read_json(beside) if beside.is_file() else {}
     missing = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     missing = {key: value for key, value in missing.items() if config.get(key) is None}
     if missing:

@@ -74,6 +74,11 @@ def resolve_targets(
     """The layers that `target_modules` names; raises PlanError that lists the real ones."""
     inner = decoder_linears(linear_layers)
     note = None
+    if asked is not None and not asked:
+        real = ", ".join(sorted({_last(name) for name in inner}))
+        raise PlanError(
+            "target_modules is empty, so nothing would be trained", hint=f"name some of {real}; or {ALL_LINEAR}"
+        )
     if asked is None:
         known = [name for name in DEFAULT_TARGETS.get(model_type, ()) if _matching(name, inner)]
         asked = known or ALL_LINEAR

@@ -18,12 +18,21 @@ import importlib
 import importlib.util
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from coldpress.errors import MissingExtraError
 
-__all__ = ["hidden", "load_bitsandbytes", "load_inference", "load_training", "quiet_collector"]
+__all__ = [
+    "hidden",
+    "load_bitsandbytes",
+    "load_inference",
+    "load_training",
+    "needs_bitsandbytes",
+    "quiet_collector",
+    "quiet_renames",
+]
 
 OPTIONAL = ("bitsandbytes", "datasets", "sklearn", "scipy", "tensorboard", "tensorboardX", "librosa", "soundfile")
 """Imported by Transformers or PEFT where installed, and not needed to train on token ids."""
@@ -57,13 +66,28 @@ def hidden(*packages: str) -> Iterator[None]:
                 del modules[name]
 
 
+@contextlib.contextmanager
+def quiet_renames() -> Iterator[None]:
+    """No word inside of `gradient_checkpointing`, which Transformers 5 renames and PEFT and configs still use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+        yield
+
+
+def needs_bitsandbytes(optimizer: str) -> bool:
+    """Whether one of Trainer's optimizers is bitsandbytes' (0.50 has them for the CPU too, all but paged memory)."""
+    return (
+        optimizer.startswith(("paged_", "rmsprop_bnb", "ademamix", "lion_", "adamw_bnb")) or optimizer == "adamw_8bit"
+    )
+
+
 def load_inference() -> None:
     """Import torch and what loads a causal language model."""
     _load(("torch", "transformers", "transformers.models.auto.modeling_auto"), hide=OPTIONAL)
 
 
 def load_training(*, quantized: bool = False, hide: tuple[str, ...] = OPTIONAL) -> None:
-    """Import torch, Transformers' Trainer and PEFT; with bitsandbytes when the base is quantized."""
+    """Import torch, Transformers' Trainer and PEFT; with bitsandbytes when the base or the optimizer is quantized."""
     if quantized:
         load_bitsandbytes()
     _load(("torch", "transformers", "transformers.trainer", "peft"), hide=hide)
@@ -74,7 +98,7 @@ def load_bitsandbytes() -> None:
     if "bitsandbytes" not in sys.modules:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise MissingExtraError(
-                "training on 4-bit weights needs the package bitsandbytes",
+                "4-bit weights and 8-bit optimizers need the package bitsandbytes",
                 hint="pip install 'coldpress[cpu]' (or [gpu])",
             )
         # On CPUs with AVX512-BF16 it asks the package `kernels` for a hub download at import, and complains without it.

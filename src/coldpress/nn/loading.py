@@ -65,15 +65,13 @@ def load_model(
     if device_map is not None:
         options["device_map"] = device_map
     logging.disable_progress_bar()
+    hf_config = _hf_config(folder, config, trust_remote_code)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if not _known_type(config) and not trust_remote_code:
-            raise UnsupportedModelError(
-                f"the installed Transformers does not know the model type {config.get('model_type')!r}",
-                hint="upgrade transformers",
-            ) from error
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, **options)
+    except _loading_errors() as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {_first_line(error)}", hint="is the download complete?"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -88,6 +86,48 @@ def load_model(
         for layer in layers.values():
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def _hf_config(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """Transformers' config of a folder. A padding id outside the vocabulary is dropped: it could not be embedded.
+
+    Phi3Config, for one, pads with 32000 where config.json says nothing, whatever the vocabulary.
+    """
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except _loading_errors() as error:
+        if not _known_type(config) and not trust_remote_code:
+            raise UnsupportedModelError(
+                f"the installed Transformers does not know the model type {config.get('model_type')!r}",
+                hint="upgrade transformers",
+            ) from error
+        raise CheckpointError(
+            f"{folder / 'config.json'} is refused by Transformers: {_first_line(error)}",
+            hint="correct the key in config.json, or download the model again",
+        ) from error
+    text = found.get_text_config()
+    pad, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(vocabulary, int) and not 0 <= pad < vocabulary:
+        text.pad_token_id = None
+    return found
+
+
+def _loading_errors() -> tuple[type[Exception], ...]:
+    """What Transformers raises for a folder that it cannot read."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (OSError, ValueError, KeyError, RuntimeError, TypeError, StrictDataclassError)
+
+
+def _first_line(error: Exception) -> str:
+    """What the library says, on one line; with its type where that alone says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}" if isinstance(error, KeyError) else said
 
 
 def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remote_code: bool = False) -> Any:
@@ -133,7 +173,8 @@ def load_adapter(model: Any, adapter: Path) -> Any:
     with TensorSet.open(adapter / "adapter_model.safetensors"):
         pass
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+        with imports.quiet_renames():
+            return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"the adapter {adapter} does not fit the model: {error}") from error
 

@@ -120,7 +120,7 @@ def train(
     Goes on from the last complete checkpoint in `work`. SIGTERM and SIGINT save one and raise Interrupted. Raises
     TrainingError when the loss is not finite, or the arguments do not go together.
     """
-    imports.load_training()
+    imports.load_training(quantized=imports.needs_bitsandbytes(str(arguments.get("optim") or "")))
     folder = work / "checkpoints"
     resume, given = _resume_point(folder, arguments.get("resume_from_checkpoint"))
     trainer, watch = _trainer(
@@ -129,7 +129,7 @@ def train(
     if resume is not None:
         watch.resume(resume)
     started = time.perf_counter()
-    with _stop_signals(watch):
+    with _stop_signals(watch), imports.quiet_renames():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if watch.stopped:
         raise Interrupted(
@@ -233,7 +233,8 @@ def _trainer(
         "save_strategy": "steps" if "save_steps" in arguments else "no",
     }
     try:
-        checked = transformers.TrainingArguments(**{**ours, **arguments})
+        with imports.quiet_renames():
+            checked = transformers.TrainingArguments(**{**ours, **arguments})
         watch = _Watch(step, emit, _tokens_per_step(sequences, checked), timed=str(checked.save_strategy.value) == "no")
         trainer = WatchedTrainer(
             model=model,
@@ -282,12 +283,19 @@ class _Watch:
     def add(self, loss: float, done: int) -> None:
         """Loss of one micro-batch, already its share of the step's."""
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} in step {done + 1}; the last finite one was "
-                + (f"{self.losses[-1]:.4g} in step {done}" if self.losses else "none: it was the first step"),
-                hint="lower learning_rate, set max_grad_norm, or look at the data with `coldpress data`",
-            )
+            raise self._broken(loss, done)
         self._micro += loss
+
+    def _broken(self, loss: float, done: int) -> TrainingError:
+        if not self.losses:
+            return TrainingError(
+                f"the loss is {loss} in the first step, before any weight was changed: the model itself yields it",
+                hint="does the checkpoint hold NaN or infinite weights, or overflow in this torch_dtype?",
+            )
+        return TrainingError(
+            f"the loss became {loss} in step {done + 1}; the last finite one was {self.losses[-1]:.4g} in step {done}",
+            hint="lower learning_rate, set max_grad_norm, or look at the data with `coldpress data`",
+        )
 
     def end_of_step(self, state: Any, control: Any) -> None:
         now = time.monotonic()

@@ -19,10 +19,11 @@ from coldpress.config.schema import DataConfig, Frozen
 from coldpress.data.prepare import Prepared, check_masks, clamp, prepare
 from coldpress.data.splits import split_seed
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
-from coldpress.errors import DataError, MissingExtraError, PlanError
+from coldpress.errors import CheckpointError, DataError, MissingExtraError, PlanError
 from coldpress.events import Message
 from coldpress.hardware import Hardware, library_versions
 from coldpress.nn.adapters import Targets, decoder_linears, four_bit_names, resolve_modules_to_save, resolve_targets
+from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 
 __all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
@@ -78,6 +79,8 @@ class LoRA:
     def plan(self, config: LoRAConfig, spec: Spec, env: PlanContext) -> Planned:
         self._require_packages()
         _refuse(config, spec, env)
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+            _size(spec, key, 1)
         targets = resolve_targets(config.target_modules, spec.linear_layers(), spec.model_type)
         resolve_modules_to_save(config.modules_to_save, (tensor.name for tensor in spec.tensors))
         data = env.data(config.train_data_config)
@@ -115,7 +118,8 @@ class LoRA:
         targets = resolve_targets(config.target_modules, spec.linear_layers(), spec.model_type)
         tokenizer = Tokenizer.load(model.tokenizer_path)
         prepared = self._data(config, spec, tokenizer, ctx)
-        imports.load_training(quantized=quantization is not None)
+        optimizer = str(_arguments(config, ctx)[0].get("optim") or "")
+        imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
         peft_model = _adapted(config, spec, targets, quantization, model, ctx)
         report = self._train(config, peft_model, prepared, tokenizer, ctx)
         folder = ctx.output / "adapter"
@@ -221,8 +225,13 @@ def _refuse(config: LoRAConfig, spec: Spec, env: PlanContext) -> None:
             f"eval_strategy {strategy} needs data to evaluate on", hint="set eval_dataset_size, or eval_data_config"
         )
     optimizer = str(config.training_args.get("optim") or "")
-    if not on_gpu and optimizer.startswith("paged_") and _optimizer_on_cpu(optimizer) is None:
-        raise PlanError(f"optim {optimizer} needs an NVIDIA GPU", hint="use adamw_torch")
+    if not on_gpu:
+        optimizer = _optimizer_on_cpu(optimizer)
+    if needs_bitsandbytes(optimizer) and library_versions(("bitsandbytes",))["bitsandbytes"] is None:
+        raise MissingExtraError(
+            f"optim {optimizer} needs bitsandbytes, not installed",
+            hint="pip install 'coldpress[cpu]', or use adamw_torch",
+        )
     pre = env.data(config.train_data_config).pre_process_data_config
     if pre.completion_only_loss and pre.strategy.startswith("join"):
         raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
@@ -256,9 +265,11 @@ def _four_bit_notes(spec: Spec) -> tuple[str, ...]:
     )
 
 
-def _optimizer_on_cpu(name: str) -> str | None:
-    """What stands in for an optimizer with paged memory, which only NVIDIA GPUs have."""
-    return "adamw_torch" if name.startswith("paged_adamw") else None
+def _optimizer_on_cpu(name: str) -> str:
+    """The optimizer itself, or what stands in for one with paged memory, which only NVIDIA GPUs have."""
+    if name.startswith("paged_adamw"):
+        return "adamw_torch"
+    return {"paged_ademamix_32bit": "ademamix"}.get(name, name.removeprefix("paged_"))
 
 
 def _arguments(config: LoRAConfig, ctx: Context) -> tuple[dict[str, Any], list[str]]:
@@ -297,6 +308,7 @@ def _adapted(
     import peft
     import torch
 
+    from coldpress.nn import imports
     from coldpress.nn.loading import four_bit_layers, load_model
 
     on_gpu = ctx.accelerator.device == "gpu"
@@ -328,7 +340,8 @@ def _adapted(
     # The adapter's first values are drawn here, before Trainer seeds; the caller's generator is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(config.training_args.get("seed") or 42))
-        adapted = peft.get_peft_model(base, settings)
+        with imports.quiet_renames():
+            adapted = peft.get_peft_model(base, settings)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -381,12 +394,12 @@ def _estimate(
     arguments = config.training_args
     rows = int(arguments.get("per_device_train_batch_size") or 8)
     tokens = rows * length
-    layers = int(spec.config.get("num_hidden_layers") or 1)
-    hidden = int(spec.config.get("hidden_size") or 1)
-    inner = int(spec.config.get("intermediate_size") or 4 * hidden)
+    layers = _size(spec, "num_hidden_layers", 1)
+    hidden = _size(spec, "hidden_size", 1)
+    inner = _size(spec, "intermediate_size", 4 * hidden)
     kept = 1 if arguments.get("gradient_checkpointing") else layers
     activations = tokens * (kept * (16 * hidden + 6 * inner) + layers * hidden) * 2
-    logits = tokens * int(spec.config.get("vocab_size") or 1) * (4 + 4 + 2)
+    logits = tokens * _size(spec, "vocab_size", 1) * (4 + 4 + 2)
     memory = weights + trained * 16 + activations + logits
     adapter = trained * 4
     seconds = (
@@ -399,6 +412,19 @@ def _estimate(
         disk=adapter * 8,  # the adapter, and two checkpoints with optimizer states
         seconds=5.0 + seconds,
     )
+
+
+def _size(spec: Spec, key: str, default: int) -> int:
+    """A size of the model, or the default where config.json has none; raises CheckpointError for what is no size."""
+    value = spec.config.get(key)
+    if value is None:
+        return default
+    if type(value) is not int or value < 1:
+        raise CheckpointError(
+            f"config.json of the model: {key} is {value!r}, must be a whole number above 0",
+            hint="is the download complete? Otherwise correct the key in config.json",
+        )
+    return value
 
 
 def _speed(hardware: Hardware, env: PlanContext, width: int) -> float:

@@ -457,6 +457,6 @@ def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise CheckpointError(
-            "config.json and weights contradict each other:\n  " + "\n  ".join(shown),
-            hint="do config.json and the safetensors files belong to the same model?",
+            "config.json and the safetensors files of the model contradict each other:\n  " + "\n  ".join(shown),
+            hint="is the download complete, and do config.json and the safetensors files belong to the same model?",
         )
