@@ -37,18 +37,18 @@ def test_the_data_set_is_what_its_card_says(phrases: Path) -> None:
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> coldpress.RunResult:
-    """The example's workflow as it stands, in a copy, with one epoch instead of all."""
+    """The example's workflow as it stands, in a copy, with two epochs instead of three."""
     here = Path(__file__).resolve().parents[2] / "examples" / "phrase-classification"
     copy = tmp_path_factory.mktemp("example") / "example"
     shutil.copytree(here, copy, ignore=shutil.ignore_patterns("output", ".coldpress-cache"))
-    return coldpress.run(copy / "workflow.json", ["passes.lora.training_args.num_train_epochs=1"])
+    return coldpress.run(copy / "workflow.json", ["passes.lora.training_args.num_train_epochs=2"])
 
 
 def test_fine_tuning_makes_it_useful_and_int4_keeps_it_so(short_run: coldpress.RunResult) -> None:
     base, tuned, int4 = (short_run.score(model) for model in ("input", "lora", "int4"))
     assert base.n == tuned.n == int4.n == 200
     assert base.value < 0.5
-    assert tuned.value > base.value + 0.15, "one epoch of three, with the warm-up and decay of one"
+    assert tuned.value > 0.8, "two epochs of three"
     assert int4.value > tuned.value - 0.05
 
 
