@@ -143,7 +143,10 @@ def _progress(event: Progress) -> str:
             figures.append(f"{value:,.0f} tok/s")
         else:
             figures.append(f"{_NAMES.get(name, name)} {value:.4g}")
-    return "  ".join([f"{event.done:g}/{event.total:g} {event.unit}".rstrip(), *figures])
+    where = f"{event.done:g}/{event.total:g} {event.unit}".rstrip()
+    if event.unit == "B":
+        where = f"{size(event.done)} of {size(event.total)}"
+    return "  ".join([where, *figures])
 
 
 def _text(event: Event, width: int) -> str | None:
