@@ -102,7 +102,7 @@ def test_a_missing_data_file(project: Path, document: Document) -> None:
 
 def test_an_empty_data_file(project: Path, document: Document) -> None:
     (project / "train.jsonl").write_text("")
-    refused(project, document, DataError, "train.jsonl")
+    refused(project, document, ConfigError, "train.jsonl is empty", "workflow.json:")
 
 
 def test_a_broken_record_is_named_by_line(project: Path, document: Document) -> None:

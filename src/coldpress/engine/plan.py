@@ -277,6 +277,10 @@ class _Planner:
             return {"settings": settings, "bytes": None, "digest": None}
         if not files:
             return {"settings": settings, "bytes": None, "digest": f"hub:{load.data_name}@{load.revision}"}
+        empty = [str(path) for path in files.values() if path.stat().st_size == 0]
+        if empty:
+            where = f"data_configs.{name}.load_dataset_config.data_files"
+            self.refuse(f"{', '.join(empty)} is empty", where, "is it the right file?")
         return {
             "settings": settings,
             "bytes": sum(path.stat().st_size for path in files.values()),
