@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from coldpress.events import (
     StepStarted,
 )
 from coldpress.hardware import library_versions
+from coldpress.registry import PASSES
 from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
 from coldpress.systems.local import Worker
 
@@ -140,11 +142,16 @@ class _Session:
         return self._record(output)
 
     def _forget(self) -> None:
-        import shutil
-
         for step in self.plan.steps:
             if step.key is not None:
-                shutil.rmtree(self.plan.store.root / "steps" / step.key, ignore_errors=True)
+                with self._locked(step):
+                    self.plan.store.forget(step.key)
+
+    def _locked(self, step: Step) -> AbstractContextManager[None]:
+        """Hold a step's key; say so when another run holds it."""
+        assert step.key is not None
+        waiting = "another run is making this step; waiting for it"
+        return self.plan.store.lock(step.key, lambda: self.say(waiting, step.name))
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
@@ -169,8 +176,6 @@ class _Session:
             preload: dict[str, None] = {}
             for step in self.plan.steps:
                 if step.needs_torch == torch and not step.cached:
-                    from coldpress.registry import PASSES
-
                     preload.update(dict.fromkeys(PASSES[step.type].preload))
             worker = Worker(
                 _WORKER_MODULE,
@@ -180,7 +185,7 @@ class _Session:
                 / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
                 environment={
                     # GNU OpenMP's threads spin 300,000 times before they sleep. Beside one busy process that made
-                    # training steps 70 times slower on 2 cores; 1,000 times cost a tenth on a quiet machine.
+                    # training steps 70 times slower on 2 cores; 1,000 times cost a sixth on a quiet machine.
                     "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
                     # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
                     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -219,13 +224,8 @@ class _Session:
 
     def _step(self, step: Step, model: Artifact) -> Entry:
         assert step.key is not None
-        store = self.plan.store
-
-        def waiting() -> None:
-            self.say("another run is making this step; waiting for it", step.name)
-
-        with store.lock(step.key, waiting):
-            entry = store.get(step.key, touch=True)
+        with self._locked(step):
+            entry = self.plan.store.get(step.key, touch=True)
             cached = entry is not None
             entry = self._work(step, model) if entry is None else self._proved(step, model, entry)
         result = _step_result(step, entry, cached)

@@ -219,6 +219,10 @@ class Store:
             work.mkdir(exist_ok=True)
         return out, work
 
+    def forget(self, key: str) -> None:
+        """Delete a finished step; the caller holds the lock."""
+        shutil.rmtree(self.root / "steps" / key, ignore_errors=True)
+
     def discard(self, key: str, *, keep_work: bool) -> None:
         """Throw away a step under way. Its work folder stays when it holds something to continue from."""
         base = self.root / "partial" / key
