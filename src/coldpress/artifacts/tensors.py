@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from coldpress.errors import CheckpointError, DiskFullError
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["TensorFile", "TensorInfo", "TensorSet", "numpy_dtype", "write_safetensors"]
+__all__ = ["TensorFile", "TensorInfo", "TensorSet", "TensorSource", "numpy_dtype", "write_safetensors"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -221,6 +221,22 @@ def _check_cover(path: Path, places: Iterable[_Place], start: int, size: int) ->
         position, before = end, repr(name)
     if position != size:
         raise CheckpointError(f"{path}: the tensors end at byte {position}, the file at byte {size}", hint=_TORN)
+
+
+class TensorSource(Protocol):
+    """Tensors by name, wherever they come from: files, dequantized codes, a base with an adapter added."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def infos(self) -> Iterator[TensorInfo]: ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointError for a name that is not there."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """The tensor, or rows `start` to `stop` of its first axis, in the dtype that `info` says. From any thread."""
+        ...
 
 
 class TensorSet:

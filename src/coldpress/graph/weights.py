@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from coldpress.artifacts.arch import Rope, Rows
-from coldpress.artifacts.tensors import TensorSet, numpy_dtype
+from coldpress.artifacts.tensors import TensorSource, numpy_dtype
 from coldpress.errors import CheckpointError, DiskFullError
 from coldpress.graph.form import WRITE_BUDGET
 from coldpress.kernels.quantize import NonFiniteWeightError, quantize
@@ -52,7 +52,7 @@ Array = npt.NDArray[Any]
 class Matrix:
     """W [n, k] as rows of checkpoint tensors, stacked; a vector is a matrix with k = 1."""
 
-    tensors: TensorSet
+    tensors: TensorSource
     parts: tuple[Rows, ...]
     k: int
     delta: Callable[[int, int], Array] | None = None
