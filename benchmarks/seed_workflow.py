@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from side_by_side import HERE, alternate, measure, peer_python, report
+from side_by_side import HERE, in_turn, measure, peer_python, report
 
 OLIVE = (
     "olive-ai==0.13.0",
@@ -132,16 +132,14 @@ def main() -> None:
             shutil.rmtree(place / name, ignore_errors=True)
         return measure(theirs, cwd=place, environment=quiet)
 
-    left, right = alternate(fresh_ours, fresh_peer, options.rounds)
-    print(
-        report("The seed's local workflow, from nothing", left, right, peer_name="Olive 0.13, telemetry off", bar=0.6)
-    )
-    left, right = alternate(
-        lambda: measure(ours, cwd=place, environment=quiet),
-        lambda: measure(theirs, cwd=place, environment=quiet),
-        options.rounds,
-    )
-    print(report("The same again, everything cached (bar: 2 s)", left, right, peer_name="Olive 0.13, telemetry off"))
+    peer_name = "Olive 0.13, telemetry off"
+    runs = in_turn({"Coldpress": fresh_ours, peer_name: fresh_peer}, options.rounds)
+    print(report("The seed's local workflow, from nothing", runs, bar=0.6))
+    cached = {
+        "Coldpress": lambda: measure(ours, cwd=place, environment=quiet),
+        peer_name: lambda: measure(theirs, cwd=place, environment=quiet),
+    }
+    print(report("The same again, everything cached (bar: 2 s)", in_turn(cached, options.rounds)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from seed_workflow import OLIVE
-from side_by_side import HERE, alternate, measure, peer_python, report
+from side_by_side import HERE, in_turn, measure, peer_python, report
 
 ROOT = HERE.parent
 
@@ -25,10 +25,11 @@ def main() -> None:
     peer = options.peer_python or peer_python("olive", OLIVE)
     ours, theirs = str(Path(sys.executable).with_name("coldpress")), str(Path(peer).with_name("olive"))
     quiet = {"OLIVE_DISABLE_TELEMETRY": "1"}
-    left, right = alternate(
-        lambda: measure([ours, "--help"]), lambda: measure([theirs, "--help"], environment=quiet), options.rounds
-    )
-    print(report("--help (bar: 0.3 s)", left, right, peer_name="Olive 0.13, telemetry off"))
+    sides = {
+        "Coldpress": lambda: measure([ours, "--help"]),
+        "Olive 0.13, telemetry off": lambda: measure([theirs, "--help"], environment=quiet),
+    }
+    print(report("--help (bar: 0.3 s)", in_turn(sides, options.rounds)))
 
     place = HERE / ".work" / "startup"
     model = place / "model-cache" / "microsoft" / "phi-3-mini"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from coldpress.artifacts.arch import FAMILIES, arch_from_config
+from coldpress.artifacts.arch_config import arch_from_config
+from coldpress.artifacts.families import FAMILIES
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.errors import CheckpointError, UnsupportedModelError
 
@@ -35,10 +36,10 @@ def test_defaults_are_those_of_the_config_class() -> None:
     arch = arch_from_config(LLAMA)
     assert (arch.kv_heads, arch.head_dim, arch.norm_eps, arch.context_length) == (4, 16, 1e-6, 2048)
     assert (arch.rope.kind, arch.rope.dim, arch.rope.theta) == ("default", 16, 10000.0)
-    assert (arch.tied, arch.attention_bias, arch.sliding_window) == (False, False, None)
+    assert (arch.tied, arch.qkv_bias, arch.windows) == (False, False, (None, None))
     mistral = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 4}
-    assert arch_from_config(mistral).sliding_window == 4096
-    assert arch_from_config({**mistral, "sliding_window": None}).sliding_window is None
+    assert arch_from_config(mistral).windows == (4096, 4096)
+    assert arch_from_config({**mistral, "sliding_window": None}).windows == (None, None)
 
 
 def test_fused_matrices_are_cut_in_the_order_of_their_rows() -> None:
@@ -95,8 +96,8 @@ def test_longrope_knows_both_factors_and_their_border() -> None:
 
 
 def test_an_unknown_family_names_the_nearest() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'ministral'.*llama, mistral, phi3.*nearest: mistral"):
-        arch_from_config({**LLAMA, "model_type": "ministral"})
+    with pytest.raises(UnsupportedModelError, match=r"'mistrol'.*llama, ministral, mistral, .*nearest: mistral"):
+        arch_from_config({**LLAMA, "model_type": "mistrol"})
     with pytest.raises(UnsupportedModelError, match="no model_type"):
         arch_from_config({})
 

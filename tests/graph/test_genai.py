@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coldpress.artifacts.arch import arch_from_config
+from coldpress.artifacts.arch_config import arch_from_config
 from coldpress.errors import CheckpointError
 from coldpress.graph.genai import MAX_LENGTH, copy_tokenizer, genai_config
 

@@ -76,7 +76,7 @@ def test_graph_equals_the_dequantized_model(
     tmp_path: Path, build: Callable[..., Path],
 ) -> None:  # fmt: skip
     model = tiny_model(name, tmp_path / "hf", dtype=torch.bfloat16)
-    q = Quantization(block, symmetric, accuracy_level=1, candidates=candidates)
+    q = Quantization(block_size=block, symmetric=symmetric, accuracy_level=1, candidates=candidates)
     folder = build(tmp_path / "hf", bits, embedding, quantization=q)
     lossless = compare(folder, model)
     dequantized(model, bits, q, embedding_bits=embedding)
@@ -97,7 +97,7 @@ def test_int8_activations_come_close(tmp_path: Path, build: Callable[..., Path])
 def test_bits_can_be_chosen_by_node(tmp_path: Path, build: Callable[..., Path]) -> None:
     import json
 
-    from coldpress.artifacts.arch import arch_from_config
+    from coldpress.artifacts.arch_config import arch_from_config
 
     model = tiny_model("llama-gqa", tmp_path / "hf")
     arch = arch_from_config(json.loads((tmp_path / "hf" / "config.json").read_text()))

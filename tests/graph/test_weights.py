@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from coldpress.artifacts.arch import Rows, arch_from_config
+from coldpress.artifacts.arch import Rows
+from coldpress.artifacts.arch_config import arch_from_config
 from coldpress.artifacts.tensors import TensorInfo, TensorSet, write_safetensors
 from coldpress.errors import CheckpointError, DiskFullError
 from coldpress.graph import weights
@@ -60,11 +61,22 @@ def test_stacked_rows_of_different_types_are_cut_anywhere(tmp_path: Path) -> Non
                 np.testing.assert_array_equal(matrix.rows(start, stop), expected[start:stop])
 
 
-def test_a_delta_is_added_in_float32(tmp_path: Path) -> None:
+def test_a_source_of_rows_of_its_own_is_transposed_in_pieces(tmp_path: Path) -> None:
     a = np.ones((8, 4), ml_dtypes.bfloat16)
+    delta = np.arange(32, dtype=np.float32).reshape(8, 4) / 1024
     with checkpoint(tmp_path, {"a": a}) as tensors:
-        delta = np.arange(32, dtype=np.float32).reshape(8, 4) / 1024
-        matrix = Matrix(tensors, (Rows("a", 0, 8),), 4, delta=lambda start, stop: delta[start:stop])
+
+        class Shifted:
+            infos, __contains__ = tensors.infos, tensors.__contains__
+
+            def info(self, name: str) -> TensorInfo:
+                return TensorInfo.of(name, "float32", tensors.info(name).shape)
+
+            def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+                shifted: np.ndarray = tensors.read(name, start, stop).astype(np.float32) + delta[start:stop]
+                return shifted
+
+        matrix = Matrix(Shifted(), (Rows("a", 0, 8),), 4)
         np.testing.assert_array_equal(matrix.rows(3, 6), 1 + delta[3:6])
         data = DataFile()
         places = data.add(Transposed("w", matrix, ir.DataType.FLOAT))
@@ -127,11 +139,12 @@ def test_the_size_that_a_plan_knows_is_the_size_of_the_file(tmp_path: Path) -> N
         source = tmp_path / str(number)
         tiny_model(name, source)
         arch = arch_from_config(json.loads((source / "config.json").read_text()))
-        bits = {each: 4 for each, _ in products(arch)}
+        four = dict.fromkeys((each for each, _ in products(arch)), Quantization(4))
+        odd = dict.fromkeys(four, Quantization(4, 16, symmetric=False))
         for form in (
             Form("float32"),
-            Form("float16", bits={**bits, EMBEDDING: 8}, quantization=Quantization(16, symmetric=False)),
-            Form("float32", bits={**bits, EMBEDDING: 4}),
+            Form("float16", nodes={**odd, EMBEDDING: Quantization(8, 16, symmetric=False)}),
+            Form("float32", nodes={**four, EMBEDDING: Quantization(4)}),
             Form("float32", exclude_embeds=True, exclude_lm_head=True),
         ):
             with TensorSet.open(source) as tensors:

@@ -6,10 +6,10 @@ Node names are those of onnxruntime-genai's builder, because users write them in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from coldpress.artifacts.arch import Arch, Linear
+from coldpress.artifacts.arch import Arch, Linear, Rope
 
 __all__ = [
     "EMBEDDING",
@@ -21,6 +21,7 @@ __all__ = [
     "data_bytes",
     "fused_rotary",
     "mixed_layers",
+    "packs_qkv",
     "products",
 ]
 
@@ -35,8 +36,9 @@ _WIDTH: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the quantized matrices of a graph are quantized."""
+    """How a matrix is quantized."""
 
+    bits: int = 4
     block_size: int = 32
     symmetric: bool = True
     accuracy_level: int = 4
@@ -51,9 +53,16 @@ class Form:
 
     io: FloatType
     """Activations, KV cache and logits."""
-    bits: Mapping[str, int] = field(default_factory=dict)
-    """4 or 8 for each quantized node, by its name (`products`, EMBEDDING); a node that is absent stays in `io`."""
-    quantization: Quantization = Quantization()
+    nodes: Mapping[str, Quantization] = field(default_factory=dict)
+    """Of each quantized node, by its name (`products`, EMBEDDING); a node that is absent stays in `io`."""
+    packed_qkv: bool = True
+    """Query, key and value in one product."""
+    fused_gate_up: bool = False
+    """Gate and up in one product."""
+    prune_head: bool = False
+    """Logits of each row's last valid token only: [B, 1, vocab]."""
+    left_padding: bool = False
+    """Rows may be padded on the left: positions are an input, and the mask goes into the scores. Not for GenAI."""
     exclude_embeds: bool = False
     """Input is `inputs_embeds` instead of `input_ids`."""
     exclude_lm_head: bool = False
@@ -67,24 +76,44 @@ class Form:
     def shares_embedding(self, arch: Arch) -> bool:
         """Whether embedding and head are one set of bytes."""
         both = not self.exclude_embeds and not self.exclude_lm_head
-        return arch.tied and both and self.bits.get(EMBEDDING) == self.bits.get(HEAD)
+        return arch.tied and both and _layout(self.nodes.get(EMBEDDING)) == _layout(self.nodes.get(HEAD))
 
 
-def products(arch: Arch) -> Iterator[tuple[str, Linear]]:
-    """Name and matrix of every matrix product of the full graph, in order."""
+def _layout(quantization: Quantization | None) -> Quantization | None:
+    """What decides over the bytes: not what the product computes in."""
+    return None if quantization is None else replace(quantization, accuracy_level=0)
+
+
+def products(arch: Arch, form: Form | None = None) -> Iterator[tuple[str, Linear]]:
+    """Name and matrix of every matrix product of the full graph, in order; `form` says which are fused."""
+    form = form or Form("float32")
     for layer in range(arch.layers):
         base = f"/model/layers.{layer}"
-        yield f"{base}/attn/qkv_proj/MatMul", arch.qkv(layer)
+        if packs_qkv(arch, form):
+            yield f"{base}/attn/qkv_proj/MatMul", arch.qkv(layer)
+        else:
+            yield f"{base}/attn/q_proj/MatMul", arch.q(layer)
+            yield f"{base}/attn/k_proj/MatMul", arch.k(layer)
+            yield f"{base}/attn/v_proj/MatMul", arch.v(layer)
         yield f"{base}/attn/o_proj/MatMul", arch.o(layer)
-        yield f"{base}/mlp/gate_proj/MatMul", arch.gate(layer)
-        yield f"{base}/mlp/up_proj/MatMul", arch.up(layer)
+        if arch.family.gated and form.fused_gate_up:
+            yield f"{base}/mlp/gate_up_proj/MatMul", arch.gate_up(layer)
+        else:
+            if arch.family.gated:
+                yield f"{base}/mlp/gate_proj/MatMul", arch.gate(layer)
+            yield f"{base}/mlp/up_proj/MatMul", arch.up(layer)
         yield f"{base}/mlp/down_proj/MatMul", arch.down(layer)
     yield HEAD, arch.head()
 
 
+def packs_qkv(arch: Arch, form: Form) -> bool:
+    """Queries and keys that are normed come from products of their own: cutting one apart again costs a copy."""
+    return form.packed_qkv and arch.family.qk_norm is None
+
+
 def mixed_layers(arch: Arch) -> frozenset[str]:
-    """The products that llama.cpp's mixed types keep in more bits: qkv and down of the first and last eighth of the
-    layers, and of every third between."""
+    """The products that llama.cpp's mixed types keep in more bits: query, key, value and down of the first and last
+    eighth of the layers, and of every third between."""
     eighth = arch.layers // 8
     chosen = [
         layer
@@ -92,34 +121,39 @@ def mixed_layers(arch: Arch) -> frozenset[str]:
         if layer < eighth or layer >= arch.layers - eighth or (layer - eighth) % 3 == 2
     ]
     return frozenset(
-        f"/model/layers.{layer}/{part}/MatMul" for layer in chosen for part in ("attn/qkv_proj", "mlp/down_proj")
+        f"/model/layers.{layer}/{part}_proj/MatMul"
+        for layer in chosen
+        for part in ("attn/qkv", "attn/q", "attn/k", "attn/v", "mlp/down")
     )
 
 
-def fused_rotary(arch: Arch) -> bool:
+def fused_rotary(arch: Arch, rope: Rope) -> bool:
     """Whether the attention kernel can rotate by itself: ONNX Runtime 1.32 wants multiples of 16 for both sizes."""
-    return arch.head_dim % 16 == 0 and arch.rope.dim % 16 == 0
+    return arch.head_dim % 16 == 0 and rope.dim % 16 == 0
 
 
-def _matrix_bytes(form: Form, bits: int | None, n: int, k: int) -> int:
-    if bits is None:
+def _matrix_bytes(form: Form, q: Quantization | None, n: int, k: int) -> int:
+    if q is None:
         return n * k * _WIDTH[form.io]
-    blocks = -(-k // form.quantization.block_size)
-    zeros = 0 if form.quantization.symmetric else -(-blocks * bits // 8)
-    return n * (blocks * (form.quantization.block_size * bits // 8 + _WIDTH[form.io]) + zeros)
+    blocks = -(-k // q.block_size)
+    zeros = 0 if q.symmetric else -(-blocks * q.bits // 8)
+    return n * (blocks * (q.block_size * q.bits // 8 + _WIDTH[form.io]) + zeros)
 
 
 def data_bytes(arch: Arch, form: Form) -> int:
     """Bytes of the external data file, but for the padding between tensors."""
     width = _WIDTH[form.io]
-    total = (2 * arch.layers + 1) * arch.hidden * width
-    for name, linear in products(arch):
+    norms = arch.hidden + sum(length for layer in range(arch.layers) for _, length in arch.norms(layer))
+    total = norms * width * (2 if arch.family.norm == "layer" else 1)
+    for name, linear in products(arch, form):
         if name == HEAD and form.exclude_lm_head:
             continue
-        total += _matrix_bytes(form, form.bits.get(name), linear.n, linear.k) + linear.bias * linear.n * width
+        total += _matrix_bytes(form, form.nodes.get(name), linear.n, linear.k) + bool(linear.bias) * linear.n * width
     if not form.exclude_embeds and not form.shares_embedding(arch):
-        total += _matrix_bytes(form, form.bits.get(EMBEDDING), arch.vocab, arch.hidden)
-    positions = arch.context_length
-    if arch.rope.kind == "longrope":
-        positions += min(arch.rope.original_length, arch.context_length)
-    return total + positions * arch.rope.dim * width
+        total += _matrix_bytes(form, form.nodes.get(EMBEDDING), arch.vocab, arch.hidden)
+    for rope in arch.rope_kinds:
+        positions = arch.context_length
+        if rope.kind == "longrope":
+            positions += min(rope.original_length, arch.context_length)
+        total += positions * rope.dim * width
+    return total

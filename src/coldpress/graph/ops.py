@@ -10,15 +10,18 @@ import onnx_ir as ir
 
 from coldpress.graph.weights import DataFile, Place, Weight
 
-__all__ = ["IR_VERSION", "MICROSOFT", "OPSET", "GraphWriter", "Node"]
+__all__ = ["FLOATS", "IR_VERSION", "MICROSOFT", "OPSET", "GraphWriter"]
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 OPSET = 21
 IR_VERSION = 10
 
-Node = ir.Value
-"""What an operator yields."""
+FLOATS: Mapping[str, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 
 class GraphWriter:
@@ -59,7 +62,7 @@ class GraphWriter:
         self.nodes.append(node)
         return tuple(node.outputs)
 
-    def constant(self, value: Any, dtype: type[np.generic] = np.int64) -> ir.Value:
+    def constant(self, value: Any, dtype: type[Any] = np.int64) -> ir.Value:
         """A small tensor inside the model file; equal ones are shared."""
         array = np.asarray(value, dtype)
         key = (array.dtype.name, array.shape, array.tobytes())

@@ -55,8 +55,6 @@ class Matrix:
     tensors: TensorSource
     parts: tuple[Rows, ...]
     k: int
-    delta: Callable[[int, int], Array] | None = None
-    """What an adapter adds to rows start to stop: float32 [stop - start, k]."""
 
     @property
     def n(self) -> int:
@@ -68,12 +66,12 @@ class Matrix:
 
     @property
     def dtype(self) -> str:
-        """Of the checkpoint; float32 where parts differ or an adapter is added."""
+        """Of the checkpoint; float32 where parts differ."""
         found = {self.tensors.info(part.tensor).dtype for part in self.parts}
-        return found.pop() if len(found) == 1 and self.delta is None else "float32"
+        return found.pop() if len(found) == 1 else "float32"
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows as they are stored; float32 where parts differ or an adapter is added."""
+        """Rows as they are stored; float32 where parts differ."""
         pieces, first = [], 0
         for part in self.parts:
             low, high = max(start - first, 0), min(stop - first, part.count)
@@ -81,8 +79,6 @@ class Matrix:
                 piece = self.tensors.read(part.tensor, part.first + low, part.first + high)
                 pieces.append(piece.reshape(high - low, self.k))
             first += part.count
-        if self.delta is not None:
-            return np.concatenate([piece.astype(np.float32) for piece in pieces]) + self.delta(start, stop)
         if len(pieces) == 1:
             return pieces[0]
         dtype = numpy_dtype(self.dtype)
@@ -152,6 +148,8 @@ class Cast:
     matrix: Matrix
     dtype: ir.DataType
     vector: bool = False
+    add: float = 0.0
+    """Added to each number, in float32."""
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -168,6 +166,8 @@ class Cast:
 
     def make(self, start: int, stop: int) -> tuple[Array, ...]:
         rows = self.matrix.rows(start, stop)
+        if self.add:
+            rows = rows.astype(np.float32) + np.float32(self.add)
         return (_float_cast(rows[:, 0] if self.vector else rows, self.dtype, self.matrix.name),)
 
 
@@ -192,7 +192,7 @@ class Transposed:
         return self.matrix.n
 
     def make(self, start: int, stop: int) -> tuple[Array, ...]:
-        # A stripe is gathered from pieces of rows, so that a delta is never held for the whole matrix.
+        # A stripe is gathered from pieces of rows, so that an adapter is never added to the whole matrix at once.
         result = np.empty((stop - start, self.matrix.n), self.dtype.numpy())
         step = max(1, (1 << 20) // self.matrix.k)
         for first in range(0, self.matrix.n, step):
@@ -300,15 +300,20 @@ class DataFile:
         self.name = name
         self.size = 0
         self._weights: list[tuple[Weight, tuple[Place, ...]]] = []
+        self._known: dict[str, tuple[Weight, tuple[Place, ...]]] = {}
 
     def add(self, weight: Weight) -> tuple[Place, ...]:
-        """Give the tensors of a weight their offsets."""
+        """Give the tensors of a weight their offsets; one that was added before keeps those it has."""
+        known = self._known.get(weight.places[0].name)
+        if known is not None and known[0] == weight:
+            return known[1]
         placed = []
         for place in weight.places:
             offset = -(-self.size // ALIGNMENT) * ALIGNMENT
             placed.append(Place(place.name, place.dtype, place.shape, offset))
             self.size = offset + place.nbytes
         self._weights.append((weight, tuple(placed)))
+        self._known[placed[0].name] = (weight, tuple(placed))
         return tuple(placed)
 
     def write(

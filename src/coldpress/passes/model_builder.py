@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from coldpress.artifacts.arch import Arch, arch_from_config
+from coldpress.artifacts.arch import Arch
+from coldpress.artifacts.arch_config import arch_from_config
 from coldpress.artifacts.base import Artifact, Spec, read_json
 from coldpress.config.schema import Frozen
 from coldpress.errors import CheckpointError, PlanError
@@ -171,8 +172,9 @@ class ModelBuilder:
         choice = _choose(config, spec.config, provider)
         _check_tensors(choice.arch, {tensor.name: tensor.shape for tensor in spec.tensors})
         size = data_bytes(choice.arch, choice.form)
-        quantized = bool(choice.form.bits)
-        rate = _PARAMETERS_PER_SECOND * env.hardware.cores * (1 if choice.form.quantization.candidates > 1 else 8)
+        quantized = bool(choice.form.nodes)
+        searched = any(q.candidates > 1 for q in choice.form.nodes.values())
+        rate = _PARAMETERS_PER_SECOND * env.hardware.cores * (1 if searched else 8)
         estimate = Estimate(
             ram=_PROCESS_BYTES + WRITE_BUDGET,
             disk=size + _MODEL_FILE_BYTES,
@@ -252,7 +254,7 @@ def _provenance(config: ModelBuilderConfig, choice: _Choice, version: str) -> di
     """What the model file says of its making."""
     form = choice.form
     # GatherBlockQuantized reads uint8 codes since 1.23; the other operators are older than 1.22.
-    runtime = "1.23" if EMBEDDING in form.bits else "1.22"
+    runtime = "1.23" if EMBEDDING in form.nodes else "1.22"
     metadata = {
         "coldpress.version": version,
         "coldpress.precision": config.precision,
@@ -260,8 +262,8 @@ def _provenance(config: ModelBuilderConfig, choice: _Choice, version: str) -> di
         "coldpress.io_dtype": form.io,
         "coldpress.minimum_onnxruntime": runtime,
     }
-    if form.bits:
-        q = form.quantization
+    if form.nodes:
+        q = _main(form)
         metadata |= {
             "coldpress.block_size": str(q.block_size),
             "coldpress.symmetric": str(q.symmetric).lower(),
@@ -269,6 +271,11 @@ def _provenance(config: ModelBuilderConfig, choice: _Choice, version: str) -> di
             "coldpress.algorithm": "rtn" if q.candidates == 1 else f"rtn, best of {q.candidates} scales",
         }
     return metadata
+
+
+def _main(form: Form) -> Quantization:
+    """That of most products."""
+    return next(iter(form.nodes.values()))
 
 
 def _resolve(config: ModelBuilderConfig) -> tuple[ModelBuilderConfig, tuple[str, ...]]:
@@ -325,17 +332,16 @@ def _choose(config: ModelBuilderConfig, hf_config: Mapping[str, Any], provider_n
         io = "bfloat16" if config.use_cuda_bf16 else "float16"
     if not quantized:
         problems += _without_quantization(config)
-    bits, more = _bits(config, arch, provider) if quantized else ({}, [])
-    _raise(problems + more)
     form = Form(
         io=io,
-        bits=bits,
-        quantization=_quantization(config, arch, provider),
         exclude_embeds=config.exclude_embeds,
         exclude_lm_head=config.exclude_lm_head,
         include_hidden_states=config.include_hidden_states,
         rope_switch="position_ids" if provider == "cpu" else "if",
     )
+    nodes, more = _nodes(config, arch, form, provider) if quantized else ({}, [])
+    _raise(problems + more)
+    form = replace(form, nodes=nodes)
     return _Choice(arch, form, provider, _notes(config, arch, form, provider))
 
 
@@ -376,6 +382,7 @@ def _quantization(config: ModelBuilderConfig, arch: Arch, provider: str) -> Quan
     level: int | None = config.int4_accuracy_level
     algorithm = config.int4_algo_config or ("k_quant" if config.precision == "int4" else "rtn")
     return Quantization(
+        bits=4 if config.precision == "int4" else 8,
         block_size=block_size,
         symmetric=config.int4_is_symmetric is not False,
         accuracy_level=(4 if provider == "cpu" else 0) if level is None else level,
@@ -383,22 +390,24 @@ def _quantization(config: ModelBuilderConfig, arch: Arch, provider: str) -> Quan
     )
 
 
-def _bits(config: ModelBuilderConfig, arch: Arch, provider: str) -> tuple[dict[str, int], list[str]]:
-    """Bits of each quantized node, and what speaks against the choice."""
-    base = 4 if config.precision == "int4" else 8
-    names = [name for name, _ in products(arch)]
+def _nodes(
+    config: ModelBuilderConfig, arch: Arch, form: Form, provider: str
+) -> tuple[dict[str, Quantization], list[str]]:
+    """How each quantized node is quantized, and what speaks against the choice."""
+    base = _quantization(config, arch, provider)
+    names = [name for name, _ in products(arch, form)]
     types = config.int4_op_types_to_quantize
-    bits = dict.fromkeys(names, base) if types is None or "MatMul" in types else {}
+    nodes = dict.fromkeys(names, base) if types is None or "MatMul" in types else {}
     if types is not None and "Gather" in types:
-        bits[EMBEDDING] = base
+        nodes[EMBEDDING] = base
     elif types is None and provider == "cpu":
         # KL with the embedding at 4 and 8 bits and in floating point: phi3-7m 0.0206, 0.0178, 0.0178; stories1M 0.124,
         # 0.079, 0.078. ONNX Runtime's CUDA provider is not known to gather 8-bit blocks.
-        bits[EMBEDDING] = 8
+        nodes[EMBEDDING] = replace(base, bits=8)
     algorithm = config.int4_algo_config or ""
-    if algorithm.endswith(("_last", "_mixed")) and bits:
+    if algorithm.endswith(("_last", "_mixed")) and nodes:
         raised = {HEAD, *(mixed_layers(arch) if algorithm.endswith("_mixed") else ())}
-        bits |= {name: 8 for name in raised if name in bits}
+        nodes |= {name: replace(base, bits=8) for name in raised if name in nodes}
     problems = []
     for name in config.int4_nodes_to_exclude or ():
         if name not in (*names, EMBEDDING):
@@ -407,28 +416,28 @@ def _bits(config: ModelBuilderConfig, arch: Arch, provider: str) -> tuple[dict[s
                 f"int4_nodes_to_exclude names {name!r}, which the graph does not have"
                 + (f"; the nearest is {close}" if close else f"; it has {EMBEDDING}, {HEAD}, {names[0]} ...")
             )
-        bits.pop(name, None)
+        nodes.pop(name, None)
     if config.exclude_embeds:
-        bits.pop(EMBEDDING, None)
+        nodes.pop(EMBEDDING, None)
     if config.exclude_lm_head:
-        bits.pop(HEAD, None)
-    if not bits and not problems:
+        nodes.pop(HEAD, None)
+    if not nodes and not problems:
         problems.append(f"precision {config.precision}, but the options leave nothing to quantize; say fp32")
-    return bits, problems
+    return nodes, problems
 
 
 def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, provider: str) -> tuple[str, ...]:
     found = []
-    if form.bits:
-        q = form.quantization
+    if form.nodes:
+        q = _main(form)
         scales = "scale from the peak" if q.candidates == 1 else f"best of {q.candidates} scales"
         found.append(
             f"{config.precision} weights, block {q.block_size}, {'symmetric' if q.symmetric else 'asymmetric'}, "
             f"{scales}; activations {form.io}"
         )
         if not form.exclude_embeds:
-            stored = form.bits.get(EMBEDDING)
-            how = form.io if stored is None else f"{stored} bits"
+            stored = form.nodes.get(EMBEDDING)
+            how = form.io if stored is None else f"{stored.bits} bits"
             found.append(f"embedding at {how}" + (", shared with the head" if form.shares_embedding(arch) else ""))
     if provider == "cuda":
         found.append("built for CUDA and checked in structure only where there is no GPU")
