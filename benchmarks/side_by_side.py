@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import statistics
 import subprocess
@@ -12,12 +13,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
-__all__ = ["Measured", "alternate", "machine", "measure", "peer_python", "report"]
+__all__ = ["Measured", "in_turn", "machine", "measure", "peer_python", "report", "verdict"]
 
 HERE = Path(__file__).resolve().parent
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Measured:
     """Bytes, highest sum over the process tree, sampled every 20 ms."""
     peak_resident: int
     output: str
+    load: float = 0.0
+    """Of the machine in the minute before the run."""
+    status: int = 0
+    """Exit status; negative is the signal that killed it."""
 
 
 def measure(
@@ -39,8 +46,7 @@ def measure(
     allow_failure: bool = False,
 ) -> Measured:
     """Run a command to its end. Raises RuntimeError with its output when it fails."""
-    import os
-
+    load = psutil.getloadavg()[0]
     started = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -80,18 +86,16 @@ def measure(
     thread.join()
     if process.returncode != 0 and not allow_failure:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-4000:]}")
-    return Measured(seconds, peak["anonymous"], peak["resident"], output)
+    return Measured(seconds, peak["anonymous"], peak["resident"], output, load, process.returncode)
 
 
-def alternate(
-    ours: Callable[[], Measured], peer: Callable[[], Measured], rounds: int
-) -> tuple[list[Measured], list[Measured]]:
-    """A B A B ..., so that a drifting machine hits both alike."""
-    left, right = [], []
+def in_turn(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """A B C A B C ..., so that a drifting machine hits all alike."""
+    found: dict[str, list[T]] = {name: [] for name in sides}
     for _ in range(rounds):
-        left.append(ours())
-        right.append(peer())
-    return left, right
+        for name, run in sides.items():
+            found[name].append(run())
+    return found
 
 
 def machine() -> str:
@@ -108,37 +112,48 @@ def machine() -> str:
     return f"{name}, {psutil.cpu_count()} logical CPUs, {memory:.0f} GiB, {system}"
 
 
-def peer_python(name: str, requirements: Sequence[str]) -> str:
+def peer_python(name: str, requirements: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """The Python of a peer's own environment under `benchmarks/.envs`, made at first use."""
     folder = HERE / ".envs" / name
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists():
         print(f"making the peer's environment in {folder} ...", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *requirements]
+        subprocess.run(install, check=True, env={**os.environ, **(environment or {})})
     return str(python)
 
 
-def report(
-    title: str, ours: Sequence[Measured], peer: Sequence[Measured], *, peer_name: str, bar: float | None = None
-) -> str:
-    """A markdown table: medians, ranges, ratio of the medians."""
+def verdict(value: float, bar: float, *, most: bool = True) -> str:
+    """`most`: the value may be the bar at most; otherwise at least."""
+    return "reached" if (value <= bar if most else value >= bar) else "NOT reached"
+
+
+def report(title: str, runs: Mapping[str, Sequence[Measured]], *, bar: float | None = None) -> str:
+    """A markdown table: medians, ranges, and the ratio of the first to each other one (`bar`: to the second)."""
+    ours, *peers = runs
+    loads = [run.load for each in runs.values() for run in each]
     rows = [
         f"### {title}",
         "",
-        f"{machine()}; {len(ours)} alternating runs",
+        f"{machine()}; {len(runs[ours])} rounds in turn, load {min(loads):.1f} to {max(loads):.1f}",
         "",
         "| | wall s (min-max) | peak anonymous MB | peak resident MB |",
         "| --- | --- | --- | --- |",
     ]
-    for name, runs in (("Coldpress", ours), (peer_name, peer)):
-        seconds = [run.seconds for run in runs]
+    for name, each in runs.items():
+        seconds = [run.seconds for run in each]
         rows.append(
             f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) "
-            f"| {statistics.median(run.peak_anonymous for run in runs) / 1e6:.0f} "
-            f"| {statistics.median(run.peak_resident for run in runs) / 1e6:.0f} |"
+            f"| {statistics.median(run.peak_anonymous for run in each) / 1e6:.0f} "
+            f"| {statistics.median(run.peak_resident for run in each) / 1e6:.0f} |"
         )
-    ratio = statistics.median(run.seconds for run in ours) / statistics.median(run.seconds for run in peer)
-    verdict = "" if bar is None else f"; bar {bar:g}: {'reached' if ratio <= bar else 'NOT reached'}"
-    rows.append(f"| ratio | {ratio:.3f}{verdict} | | |")
+    for name in peers:
+        seconds_, anonymous, resident = (
+            statistics.median(getattr(run, field) for run in runs[ours])
+            / max(statistics.median(getattr(run, field) for run in runs[name]), 1e-9)
+            for field in ("seconds", "peak_anonymous", "peak_resident")
+        )
+        reached = f", bar {bar:g}: {verdict(seconds_, bar)}" if bar is not None and name == peers[0] else ""
+        rows.append(f"| ratio to {name} | {seconds_:.3f}{reached} | {anonymous:.3f} | {resident:.3f} |")
     return "\n".join(rows) + "\n"

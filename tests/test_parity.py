@@ -16,8 +16,8 @@ from coldpress.artifacts.base import Artifact
 from coldpress.artifacts.tensors import TensorSet, write_safetensors
 from coldpress.config.schema import Accelerator, DataConfig, LoadDataset, PreProcess
 from coldpress.data.tokenizer import Tokenizer
-from coldpress.evaluate.runners import TorchRunner
-from coldpress.events import Event, Message
+from coldpress.evaluate.runners import LayerwiseRunner, TorchRunner
+from coldpress.events import Event, Message, Progress
 from coldpress.hardware import detect
 from coldpress.parity import compare, parity_sequences, prove
 from coldpress.passes.base import Context
@@ -117,11 +117,14 @@ def one_norm(name: str, value: Any) -> Any:
     return value
 
 
+@pytest.mark.parametrize("kind", [TorchRunner, LayerwiseRunner])
 @pytest.mark.parametrize("damage", [one_head, one_scale, one_norm])
-def test_a_broken_twin_is_seen(model: Path, tmp_path: Path, damage: Callable[[str, Any], Any]) -> None:
+def test_a_broken_twin_is_seen(kind: Any, model: Path, tmp_path: Path, damage: Callable[[str, Any], Any]) -> None:
     broken = changed(model, tmp_path / "broken", damage)
-    found = compare(TorchRunner(model), TorchRunner(broken), SEQUENCES)
+    found = compare(kind(model), kind(broken), SEQUENCES)
     assert found.kl > 10 * MERGE_LIMITS.kl
+    # And the damage weighs the same on either way: the whole model and the blocks are one model.
+    assert found.kl == pytest.approx(compare(TorchRunner(model), TorchRunner(broken), SEQUENCES).kl, rel=1e-4)
 
 
 def test_nan_is_infinitely_far(model: Path, tmp_path: Path) -> None:
@@ -178,7 +181,29 @@ def test_prove(model: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(1)
     other = changed(model, tmp_path / "other", lambda name, value: value + 0.02 * noise.standard_normal(value.shape))
     found = prove(Artifact.load(model), Artifact.load(other), context, tokens=300, data_config="rows")
-    assert set(found) == {"kl", "top1_agreement", "perplexity_reference", "perplexity", "standard_error", "tokens"}
+    assert set(found) == {
+        "kl", "top1_agreement", "perplexity_reference", "perplexity", "standard_error", "tokens", "reference",
+    }  # fmt: skip
+    assert found["reference"] == "layer by layer"
+    layers = [event for event in events if isinstance(event, Progress) and event.unit == "layers"]
+    assert [(event.done, event.total) for event in layers] == [(1, 2), (2, 2)] * 2, "the reference, then the candidate"
     assert found["kl"] > 0
     assert found["tokens"] >= 300
     assert not [event for event in events if isinstance(event, Message)]
+
+
+def test_one_weight_of_one_layer_damaged_on_disk(model: Path, tmp_path: Path) -> None:
+    """The reference is read from its file: one weight wrong there is a distance here."""
+    context = Context("build", tmp_path, tmp_path, detect(), Accelerator(), {}, lambda event: None)
+    whole = prove(Artifact.load(model), Artifact.load(model), context, tokens=300)
+    assert (whole["kl"], whole["top1_agreement"]) == (0, 1)
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    place = json.loads(data[8 : 8 + length])["model.layers.1.mlp.down_proj.weight"]["data_offsets"][0]
+    data[8 + length + place : 8 + length + place + 2] = (0x4380).to_bytes(2, "little")  # bf16 256
+    weights.write_bytes(data)
+    found = prove(Artifact.load(broken), Artifact.load(model), context, tokens=300)
+    assert found["kl"] > 10 * MERGE_LIMITS.kl
+

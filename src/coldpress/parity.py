@@ -10,7 +10,10 @@
             made from one template that is most of the text.
 
 Every position that has a next token counts once. Both models are loaded from their files and asked batch by batch;
-sums are float64. Peak memory: both models, and two batches of logits (`runners.LOGITS_BYTES` each).
+sums are float64. A checkpoint goes through its blocks first, one in memory at a time; then the candidate is opened.
+Peak memory: the larger of one block and an ONNX candidate (as ONNX Runtime holds it), the reference's hidden states
+(`runners.STATES_BYTES`), a batch of logits of each (`runners.LOGITS_BYTES`, or one sequence if that is more), and
+`COMPARE_BYTES`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from coldpress.config.schema import DataConfig
 from coldpress.data.prepare import prepare
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
-from coldpress.evaluate.runners import LogitsRunner, in_batches, open_runner
+from coldpress.evaluate.runners import LayerwiseRunner, LogitsRunner, in_batches, open_runner
 from coldpress.events import Message, Progress, Sink
 from coldpress.passes.base import Context
 
@@ -40,8 +43,8 @@ __all__ = ["ParityResult", "compare", "parity_sequences", "prove"]
 SEQUENCE_TOKENS = 256
 """Longest sequence compared; longer ones are cut."""
 BATCH = 16
-_ROWS = 256
-"""Positions whose distributions are compared at a time."""
+COMPARE_BYTES = 64 << 20
+"""Of the distributions compared at a time, about five arrays [positions, vocabulary]."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,22 @@ def prove(
     data_config: str | None = None,
     held_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare two models on text, as the engine records it. See `parity_sequences` for the text."""
+    """Compare two models on text, as the engine records it. See `parity_sequences` for the text.
+
+    `reference` in the result says how the reference was computed: "layer by layer" or "whole".
+    """
+
+    def on_block(done: int, blocks: int) -> None:
+        context.emit(Progress(context.step, done, blocks, "layers"))
+
     tokenizer = Tokenizer.load(reference.tokenizer_path)
     with ExitStack() as stack:
-        first = stack.enter_context(open_runner(reference, trust_remote_code=context.trust_remote_code))
-        second = stack.enter_context(open_runner(candidate, trust_remote_code=context.trust_remote_code))
+        first, second = (
+            stack.enter_context(
+                open_runner(model, trust_remote_code=context.trust_remote_code, blocks="always", on_block=on_block)
+            )
+            for model in (reference, candidate)
+        )
         limits = [one.context_length for one in (first, second) if one.context_length is not None]
         sequences = parity_sequences(
             tokenizer,
@@ -85,7 +99,8 @@ def prove(
         if found < tokens:
             context.emit(Message("warning", f"there is text for {found} tokens only, not {tokens}", context.step))
         result = compare(first, second, sequences, emit=context.emit, step=context.step)
-    return dict(vars(result))
+        how = "layer by layer" if isinstance(first, LayerwiseRunner) else "whole"
+    return {**vars(result), "reference": how}
 
 
 def parity_sequences(
@@ -144,16 +159,15 @@ def compare(
     """Mean KL, agreement and perplexities over all positions of `sequences`."""
     sums = _Sums()
     total = sum(len(one) - 1 for one in sequences)
-    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        batch = [sequences[place] for place in order[start : start + batch_size]]
-        theirs = in_batches(reference, batch, batch_size)
-        ours = in_batches(candidate, batch, batch_size)
-        for (place, p), (other, q) in zip(theirs, ours, strict=True):
-            if place != other:
-                raise AssertionError("both runners must see the sequences in one order")
-            sums.add(p[:-1], q[:-1], batch[place][1:])
-        if emit is not None:
+    theirs = in_batches(reference, sequences, batch_size)
+    ours = in_batches(candidate, sequences, batch_size)
+    for number, (place, p) in enumerate(theirs, start=1):
+        other, q = next(ours)
+        if place != other:
+            raise AssertionError("both runners must see the sequences in one order")
+        sums.add(p[:-1], q[:-1], sequences[place][1:])
+        del p, q  # or they would stay while the next batch is computed
+        if emit is not None and (number % batch_size == 0 or number == len(sequences)):
             emit(Progress(step, sums.tokens, total, "tokens"))
     return sums.result()
 
@@ -171,8 +185,9 @@ class _Sums:
         import numpy as np
 
         width = min(reference.shape[1], candidate.shape[1])  # a padded vocabulary has scores for no token
-        for start in range(0, len(targets), _ROWS):
-            stop = min(start + _ROWS, len(targets))
+        step = max(1, COMPARE_BYTES // (5 * 4 * width))
+        for start in range(0, len(targets), step):
+            stop = min(start + step, len(targets))
             p, q = _log_softmax(reference[start:stop, :width]), _log_softmax(candidate[start:stop, :width])
             self.kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
             self.agree += float((p.argmax(axis=1) == q.argmax(axis=1)).sum())

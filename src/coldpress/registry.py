@@ -78,5 +78,6 @@ PASSES = LazyTable(
         "QLoRA": "coldpress.passes.lora:QLoRA",
         "MergeAdapterWeights": "coldpress.passes.merge_adapter_weights:MergeAdapterWeights",
         "ModelBuilder": "coldpress.passes.model_builder:ModelBuilder",
+        "ExtractAdapters": "coldpress.passes.extract_adapters:ExtractAdapters",
     },
 )

@@ -184,10 +184,10 @@ def test_an_index_must_be_true(tmp_path: Path, weight_map: dict[str, str], words
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has none of model\.safetensors\.index\.json, model\.safetensors"):
         TensorSet.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="safe_serialization"):
+    with pytest.raises(CheckpointError, match=r"no file of torch\.save"):
         TensorSet.open(tmp_path)
 
 

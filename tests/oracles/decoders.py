@@ -124,11 +124,15 @@ class Stepper:
         self.past: dict[str, np.ndarray] = {}
         self.mask: np.ndarray | None = None
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Logits [B, S, V] of new tokens [B, S]; `mask` says which of them count (all)."""
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Logits [B, S, V] of new tokens [B, S]; `mask` says which count (all), `positions` where they stand."""
         new = np.ones_like(ids) if mask is None else mask
         self.mask = new if self.mask is None else np.concatenate([self.mask, new], axis=1)
         feed: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": self.mask}
+        if positions is not None:
+            feed["position_ids"] = positions
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values"):

@@ -67,6 +67,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"use_rslora": True, "r": 8},
     {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"layers.1.self_attn.o_proj": 32}},
     {"target_modules": ["o_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+    {"use_dora": True, "target_modules": ["qkv_proj", "down_proj", "embed_tokens"]},
+    {"trainable_token_indices": [3, 259]},
 ]
 
 
@@ -167,10 +169,9 @@ def test_an_adapter_of_another_model(tiny_phi3: Path, tmp_path: Path, context: C
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"peft_type": "LOHA"}, "of the type LOHA"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"lora_bias": True}, "a bias in B"),
+        ({"use_qalora": True}, "QA-LoRA"),
     ],
 )
 def test_kinds_that_cannot_be_merged(

@@ -147,6 +147,7 @@ def test_int4_nodes_to_exclude(built: Callable[..., Path]) -> None:
         ("k_quant", set()),
         ("rtn_last", {HEAD}),
         ("k_quant_last", {HEAD}),
+        ("k_quant_down", {HEAD}),
         ("k_quant_mixed", {HEAD}),
     ],
 )
@@ -189,6 +190,58 @@ def test_include_and_exclude(built: Callable[..., Path]) -> None:
     for option in ("exclude_lm_head", "exclude_embeds"):
         config = ModelBuilderConfig(precision="int4", **{option: True})
         assert ModelBuilder().limits(config, Spec("checkpoint", {})) is None
+
+
+def test_prune_lm_head_keeps_a_graph_with_all_logits(built: Callable[..., Path]) -> None:
+    folder = built(prune_lm_head=True)
+    ids = np.array([[3, 4, 5, 6]])
+    last = Stepper(folder)(ids)
+    metadata = ir.load(folder / "model.onnx").metadata_props
+    (folder / "model.onnx").rename(folder / "pruned.onnx")
+    (folder / metadata["coldpress.evaluation_graph"]).rename(folder / "model.onnx")
+    every = Stepper(folder)(ids)
+    assert last.shape[1] == 1
+    assert every.shape[1] == 4
+    assert np.abs(every[:, -1:] - last).max() < 1e-5
+    assert len(list(folder.glob("*.data"))) == 1
+
+
+def test_fuse_mlp_gate_up_and_disable_qkv_fusion(built: Callable[..., Path]) -> None:
+    ids = np.array([[3, 4, 5, 6]])
+    usual, fused, apart = built(), built(fuse_mlp_gate_up=True), built(disable_qkv_fusion=True)
+    assert "/model/layers.0/mlp/gate_up_proj/MatMul" in bits(fused)
+    assert {f"/model/layers.1/attn/{part}_proj/MatMul" for part in "qkv"} < set(bits(apart))
+    reference = Stepper(usual)(ids)
+    for folder in (fused, apart):
+        assert np.abs(Stepper(folder)(ids) - reference).max() < 1e-5
+
+
+def test_shared_embeddings(built: Callable[..., Path]) -> None:
+    found = nodes(built("llama-mha-tied", shared_embeddings=True))
+    assert attribute(found[EMBEDDING], "bits") == 4
+    shared = [found[EMBEDDING].inputs[0], found[HEAD].inputs[1]]
+    assert len({value.const_value.offset for value in shared if value is not None}) == 1
+
+
+def test_profile(built: Callable[..., Path]) -> None:
+    fast, accurate = built("phi4-mini", profile="fast"), built("phi4-mini", profile="accurate")
+    found = nodes(fast)
+    assert "/model/layers.0/mlp/gate_up_proj/MatMul" in found
+    assert attribute(found[QKV], "block_size") == 32  # 96 columns have no whole blocks of 128
+    assert attribute(found[EMBEDDING], "bits") == attribute(found[HEAD], "bits") == 4
+    assert (fast / "model_all_logits.onnx").is_file()
+    assert bits(accurate)[HEAD] == 8
+    assert not (accurate / "model_all_logits.onnx").exists()
+    plain = built("phi4-mini", profile="fast", fuse_mlp_gate_up=False, prune_lm_head=False, int4_block_size=64)
+    assert "/model/layers.0/mlp/gate_up_proj/MatMul" not in nodes(plain)
+    assert attribute(nodes(plain)[QKV], "block_size") == 64
+
+
+def test_padding_left_has_no_genai_config(built: Callable[..., Path]) -> None:
+    folder = built(padding="left")
+    assert not (folder / "genai_config.json").exists()
+    names = [value.name for value in ir.load(folder / "model.onnx").graph.inputs]
+    assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
 
 
 def test_search(built: Callable[..., Path]) -> None:
@@ -261,9 +314,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"int4_op_types_to_quantize": ["Conv"]}, "knows MatMul and Gather, got Conv"),
     ({"int4_nodes_to_exclude": ["/lm_head/Matmul2"]}, "the nearest is /lm_head/MatMul"),
     ({"int4_op_types_to_quantize": ["Gather"], "exclude_embeds": True}, "nothing to quantize"),
-    ({"extra_options": {"prune_lm_head": True}}, "extra_options.prune_lm_head is not built"),
+    ({"extra_options": {"disable_qk_fusion": True}}, "the nearest is disable_qkv_fusion"),
+    ({"prune_lm_head": True, "exclude_lm_head": True}, "nothing to prune"),
+    ({"shared_embeddings": True}, "different matrices"),
+    ({"precision": "fp32", "shared_embeddings": True}, "no effect at precision fp32"),
+    ({"padding": "left", "prune_lm_head": True}, "leave it out"),
+    ({"padding": "left", "search": {"max_length": 9}}, "genai_config.json"),
     ({"extra_options": {"int4_blocksize": 32}}, "the nearest is int4_block_size"),
     ({"extra_options": {"block_size": 48}}, "block_size"),
+    ({"adapter": "inputs"}, "adapter: inputs needs a model with an adapter, or adapter_modules"),
+    ({"adapter": "inputs", "adapter_modules": ["q_proj", "embed_tokens", "qkv_proj"]}, "reach embed_tokens, qkv_proj; adap"),
+    ({"adapter_modules": ["q_proj"]}, "adapter_modules is for adapter: inputs"),
 ]
 
 
@@ -296,8 +357,10 @@ def test_plan_knows_what_it_cannot_take(checkpoints: Callable[[str], Path]) -> N
 
     with pytest.raises(PlanError, match="kind onnx"):
         plan(kind="onnx")
-    with pytest.raises(PlanError, match="without an adapter"):
-        plan(adapter=AdapterSpec(8, 16.0, ("q_proj",)))
+    adapter = AdapterSpec(8, 16.0, ("q_proj",))
+    merged = plan(adapter=adapter)
+    assert merged.spec.adapter is None
+    assert "the adapter is merged while the weights are streamed, in float32" in merged.notes
     with pytest.raises(UnsupportedModelError, match="'gpt9'"):
         plan(config={**spec.config, "model_type": "gpt9"})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from coldpress.artifacts.tensors import TensorInfo, TensorSet
+from coldpress.artifacts.quantized import open_checkpoint
+from coldpress.artifacts.stored import Packing
+from coldpress.artifacts.tensors import TensorInfo
 from coldpress.errors import CheckpointError
 
 __all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "read_json"]
@@ -51,7 +53,9 @@ class Spec:
     config: Mapping[str, Any] = field(repr=False)
     """Hugging Face `config.json`."""
     tensors: tuple[TensorInfo, ...] = field(default=(), repr=False)
-    """Weights of a checkpoint."""
+    """Weights of a checkpoint, quantized ones as they read."""
+    packings: Mapping[str, Packing | str] = field(default_factory=dict, repr=False)
+    """Quantized weights by name: how their codes can be taken over, or why not (`artifacts.quantized`)."""
     precision: str = ""
     """float32, float16, bfloat16 for a checkpoint; fp32, int4 ... for ONNX."""
     adapter: AdapterSpec | None = None
@@ -112,7 +116,7 @@ class Artifact:
     model: Path
     """Folder with `config.json` and weights, or with `model.onnx`."""
     adapter: Path | None = None
-    """PEFT folder with `adapter_config.json` and `adapter_model.safetensors`."""
+    """PEFT folder with `adapter_config.json` and `adapter_model.safetensors`. An ONNX model takes it as inputs."""
     base_quantization: BaseQuantization | None = None
     tokenizer: Path | None = None
     """Folder with the tokenizer; None is `model`."""
@@ -221,41 +225,46 @@ class Artifact:
         if self.kind == "onnx":
             return self._describe_onnx()
         config = read_json(self.model / "config.json")
-        with TensorSet.open(self.model) as tensors:
-            infos = tuple(tensors.infos())
-        adapter = None
-        if self.adapter is not None:
-            record = read_json(self.adapter / "adapter_config.json")
-            try:
-                adapter = AdapterSpec(
-                    r=int(record["r"]),
-                    alpha=float(record["lora_alpha"]),
-                    target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in record["target_modules"]})),
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(
-                    f"{self.adapter / 'adapter_config.json'} is no low-rank adapter's config: {error!r}",
-                    hint="an adapter of PEFT has r, lora_alpha and target_modules there",
-                ) from error
+        with open_checkpoint(self.model, config) as tensors:
+            infos, packings = tuple(tensors.infos()), tensors.packings
         return Spec(
             kind="checkpoint",
             config=config,
             tensors=infos,
+            packings=dict(packings),
             precision=_main_dtype(infos),
-            adapter=adapter,
+            adapter=self._describe_adapter(),
             base_quantization=self.base_quantization,
         )
 
+    def _describe_adapter(self) -> AdapterSpec | None:
+        if self.adapter is None:
+            return None
+        record = read_json(self.adapter / "adapter_config.json")
+        try:
+            return AdapterSpec(
+                r=int(record["r"]),
+                alpha=float(record["lora_alpha"]),
+                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in record["target_modules"]})),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.adapter / 'adapter_config.json'} is no low-rank adapter's config: {error!r}",
+                hint="an adapter of PEFT has r, lora_alpha and target_modules there",
+            ) from error
+
     def _describe_onnx(self) -> Spec:
-        genai = read_json(self.model / "genai_config.json")
         beside = self.model / "config.json"
-        config = (
-            read_json(beside) if beside.is_file() else {"model_type": genai.get("model", {}).get("type", "unknown")}
-        )
+        if beside.is_file():
+            config = read_json(beside)
+        else:
+            genai = read_json(self.model / "genai_config.json")
+            config = {"model_type": genai.get("model", {}).get("type", "unknown")}
         return Spec(
             kind="onnx",
             config=config,
             precision=self.precision or "",
+            adapter=self._describe_adapter(),
             execution_provider=self.execution_provider,
         )
 

@@ -34,6 +34,7 @@ __all__ = ["TensorFile", "TensorInfo", "TensorSet", "TensorSource", "numpy_dtype
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+PICKLED_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 MAX_HEADER = 100 << 20
 """The limit of the reference implementation."""
 
@@ -174,6 +175,9 @@ class TensorFile:
         """Arrays already read stay valid."""
         self._file.close()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
     def infos(self) -> Iterator[TensorInfo]:
         return (place.info for place in self._places.values())
 
@@ -239,29 +243,33 @@ class TensorSource(Protocol):
         ...
 
 
-class TensorSet:
-    """The weights of a model: one safetensors file, or several named by an index."""
+class _File(TensorSource, Protocol):
+    """A file of tensors: safetensors, or pickled."""
 
-    def __init__(self, files: Mapping[str, TensorFile]) -> None:
+    @property
+    def path(self) -> Path: ...
+
+    def close(self) -> None: ...
+
+
+class TensorSet:
+    """The weights of a model: one file of safetensors or pickled weights, or several named by an index."""
+
+    def __init__(self, files: Mapping[str, _File]) -> None:
         """`files`: the file of each tensor, by tensor name."""
         self._files = dict(files)
 
     @classmethod
     def open(cls, path: Path) -> TensorSet:
-        """Open a safetensors file, an index, or a folder with either; raises CheckpointError."""
+        """Open a file, an index, or a folder with either; raises CheckpointError. Safetensors are preferred."""
         if path.is_dir():
-            found = [path / name for name in (INDEX_FILE, SINGLE_FILE) if (path / name).is_file()]
+            names = (INDEX_FILE, SINGLE_FILE, *PICKLED_FILES)
+            found = [path / name for name in names if (path / name).is_file()]
             if not found:
-                pickles = sorted(file.name for file in path.glob("*.bin"))
-                raise CheckpointError(
-                    f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}" + (f"; it has {pickles[0]}" if pickles else ""),
-                    hint="save the model with safe_serialization=True: pickled weights are not read"
-                    if pickles
-                    else "is the download complete?",
-                )
+                raise CheckpointError(f"{path} has none of {', '.join(names)}", hint="is the download complete?")
             path = found[0]
         if path.suffix != ".json":
-            file = TensorFile(path)
+            file = _open_file(path)
             return cls({info.name: file for info in file.infos()})
         return cls(_open_shards(path))
 
@@ -283,7 +291,7 @@ class TensorSet:
     def infos(self) -> Iterator[TensorInfo]:
         return (file.info(name) for name, file in self._files.items())
 
-    def _file_of(self, name: str) -> TensorFile:
+    def _file_of(self, name: str) -> _File:
         if name not in self._files:
             places = sorted({str(file.path) for file in self._files.values()})
             raise CheckpointError(f"no tensor {name!r} in {', '.join(places)}")
@@ -297,7 +305,15 @@ class TensorSet:
         return self._file_of(name).read(name, start, stop)
 
 
-def _open_shards(index: Path) -> dict[str, TensorFile]:
+def _open_file(path: Path) -> _File:
+    if path.suffix == ".bin":
+        from coldpress.artifacts.pickled import PickleFile
+
+        return PickleFile(path)
+    return TensorFile(path)
+
+
+def _open_shards(index: Path) -> dict[str, _File]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(shard) for name, shard in weight_map.items()}
@@ -313,11 +329,11 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
             f"{index} names {len(names)} files, of which {len(missing)} are missing: {', '.join(missing)}",
             hint="is the download complete?",
         )
-    shards: dict[str, TensorFile] = {}
+    shards: dict[str, _File] = {}
     try:
         for name in names:
-            shards[name] = TensorFile(index.parent / name)
-        absent = [name for name, shard in wanted.items() if name not in shards[shard]._places]
+            shards[name] = _open_file(index.parent / name)
+        absent = [name for name, shard in wanted.items() if name not in shards[shard]]
         if absent:
             raise CheckpointError(
                 f"{index}: {len(absent)} tensors are not in the file that the index names, "

@@ -33,7 +33,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "OnnxConversion", "MobiusBuilder", "OptimumConversion", "OptimumMerging", "OnnxOpVersionConversion",
         "OnnxPeepholeOptimizer", "OnnxModelOptimizer", "OnnxScriptFusion", "OrtTransformersOptimization",
         "OrtTransformerOptimization", "DynamicToFixedShape", "GraphSurgeries", "SplitModel", "ComposeOnnxModels",
-        "StaticLLM", "AddOliveMetadata", "ExtractAdapters", "InsertBeamSearch", "AppendPrePostProcessingOps",
+        "StaticLLM", "AddOliveMetadata", "InsertBeamSearch", "AppendPrePostProcessingOps",
         "OpenVINOConversion", "OpenVINOOptimumConversion", "ConvertHfToGGUF", "MoEExpertsDistributor",
         "OptimumConversion", "InputNCHWtoNHWC", "ModelOptimizer",
     ),

@@ -51,6 +51,12 @@ _LACKING: dict[str, frozenset[str]] = {
         )
     ),
     "MergeAdapterWeights": frozenset(),
+    "ExtractAdapters": frozenset(
+        (
+            "save_as_external_data", "all_tensors_to_one_file", "external_data_name", "size_threshold",
+            "convert_attribute",
+        )
+    ),
 }  # fmt: skip
 """Parameters of Olive's pass of the same name: one that ours has not is no typing error."""
 
@@ -86,6 +92,17 @@ def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             message = f"there is no pass of type {node.value!r}"
             hint = f"did you mean {close}?" if close else f"passes we have: {', '.join(rw.passes)}"
         rw.problems.append(problem_at(node, message, hint=hint))
+
+
+def _extracted(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """ExtractAdapters takes the adapter from the graph, so a builder before it must not merge it."""
+    builder: tuple[str, Node] | None = None
+    for name, entry in parent.members.items():
+        kind = entry.text("type")
+        if kind == "ModelBuilder":
+            builder = (name, entry)
+        elif kind == "ExtractAdapters" and builder is not None:
+            rw.default("ModelBuilder.adapter", builder[1], "adapter", "inputs", f"{at}.{builder[0]}")
 
 
 def _alternatives(rw: Rewriting, parent: Node, name: str) -> None:
@@ -277,6 +294,7 @@ _TRAINING: tuple[Rule, ...] = (
 
 RULES: tuple[Rule, ...] = (
     Rule("passes", "*", Custom(_pass_types)),
+    Rule("passes", "*", Custom(_extracted)),
     Rule("pass", "disable_search", Drop("there is no search")),
     Rule("pass", "clean_run_cache", Drop("clean_cache forgets the whole workflow", warn=True), None, _true),
     Rule("pass", "clean_run_cache", Drop("off")),

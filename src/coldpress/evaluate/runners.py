@@ -1,17 +1,24 @@
 """Logits of a model for token sequences, whatever the model's form. Metrics and parity know only this.
 
 Sequences are padded on the right, where a causal model never looks, so a sequence's logits do not depend on its batch.
-Weights are held and multiplied in float32: what is compared is the model, not the precision it happens to run in.
+Weights are multiplied in float32: what is compared is the model, not the precision it happens to run in.
+
+A checkpoint runs whole (`TorchRunner`) or with one decoder block in memory at a time (`LayerwiseRunner`); both run
+Transformers' own model. Block by block costs one reading of the weights for as many sequences as `STATES_BYTES` holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_inputs import ADAPTER_FILE, FORMATS, lora_inputs
 from coldpress.artifacts.base import Artifact, BaseQuantization, read_json
+from coldpress.artifacts.tensors import TensorSet, TensorSource
 from coldpress.errors import CheckpointError, StepError
 from coldpress.hardware import detect
 
@@ -21,10 +28,20 @@ if TYPE_CHECKING:
 
     Logits = npt.NDArray[np.float32]
 
-__all__ = ["LogitsRunner", "OnnxRunner", "TorchRunner", "in_batches", "open_runner"]
+__all__ = ["LayerwiseRunner", "LogitsRunner", "OnnxRunner", "TorchRunner", "in_batches", "open_runner"]
 
-LOGITS_BYTES = 256 << 20
+LOGITS_BYTES = 128 << 20
 """Of one batch; fewer sequences are run at a time when the vocabulary is large."""
+STATES_BYTES = 256 << 20
+"""Hidden states that wait between two blocks; more sequences than they hold take another reading of the weights."""
+BLOCK_TOKENS = 1024
+"""Tokens that a block computes at a time (at least one sequence): bounds what lies between its matrices."""
+WHOLE_SHARE = 0.5
+"""Of the memory available: a model whose float32 weights take more is not loaded whole."""
+EVALUATION_GRAPH = "coldpress.evaluation_graph"
+"""Metadata of a graph whose logits are of the last position only: the file beside it that yields them all."""
+
+_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 class LogitsRunner(Protocol):
@@ -43,11 +60,25 @@ class LogitsRunner(Protocol):
 
 
 @contextmanager
-def open_runner(model: Artifact, *, trust_remote_code: bool = False) -> Iterator[LogitsRunner]:
-    """The runner for a model, loaded from its files; raises CheckpointError."""
+def open_runner(
+    model: Artifact,
+    *,
+    trust_remote_code: bool = False,
+    blocks: Literal["always", "if too large"] = "if too large",
+    on_block: Callable[[int, int], None] | None = None,
+) -> Iterator[LogitsRunner]:
+    """The runner for a model, loaded from its files; raises CheckpointError.
+
+    `blocks` says when a checkpoint runs block by block; `on_block` is then told (blocks done, blocks).
+    """
     runner: LogitsRunner
     if model.kind == "onnx":
-        runner = OnnxRunner(model.model, execution_provider=model.execution_provider or "CPUExecutionProvider")
+        provider = model.execution_provider or "CPUExecutionProvider"
+        runner = OnnxRunner(model.model, adapter=model.adapter, execution_provider=provider)
+    elif _runs_in_blocks(model) and (blocks == "always" or _too_large(model)):
+        runner = LayerwiseRunner(
+            model.model, adapter=model.adapter, trust_remote_code=trust_remote_code, on_block=on_block
+        )
     else:
         runner = TorchRunner(
             model.model,
@@ -61,18 +92,50 @@ def open_runner(model: Artifact, *, trust_remote_code: bool = False) -> Iterator
         runner.close()
 
 
+def _runs_in_blocks(model: Artifact) -> bool:
+    """Not where another library makes weights of the base while it is loaded whole.
+
+    bitsandbytes does for a QLoRA adapter, other libraries for checkpoints of theirs, and PEFT for an adapter that
+    begins with a decomposition of the base (PiSSA, OLoRA, LoftQ ...) or that brings weights of the base along.
+    """
+    if "quantization_config" in read_json(model.model / "config.json") or model.base_quantization is not None:
+        return False
+    if model.adapter is None:
+        return True
+    config = read_json(model.adapter / "adapter_config.json")
+    whole = tuple(f".{module}.weight" for module in config.get("modules_to_save") or ())
+    with TensorSet.open(model.adapter / "adapter_model.safetensors") as tensors:
+        names = [info.name for info in tensors.infos() if "lora_" not in info.name]
+    plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian")
+    return plain_start and all(name.endswith(whole) for name in names)
+
+
+def _too_large(model: Artifact) -> bool:
+    with TensorSet.open(model.model) as tensors:
+        parameters = sum(math.prod(info.shape) for info in tensors.infos())
+    return 4 * parameters > WHOLE_SHARE * detect().available
+
+
 def in_batches(
     runner: LogitsRunner, sequences: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[int, Logits]]:
     """(position in `sequences`, its logits), in order of length, so that little is padded."""
     order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]), reverse=True)
-    start = 0
-    while start < len(order):
-        longest = max(len(sequences[order[start]]), 1)
+    batches = []
+    while order:
+        longest = max(len(sequences[order[0]]), 1)
         rows = max(1, min(batch_size, LOGITS_BYTES // (4 * longest * max(runner.vocab_size, 1))))
-        batch = order[start : start + rows]
-        yield from zip(batch, runner.logits([sequences[place] for place in batch]), strict=True)
-        start += rows
+        if isinstance(runner, LayerwiseRunner):
+            rows = max(1, min(rows, BLOCK_TOKENS // longest))
+        batches.append(order[:rows])
+        order = order[rows:]
+    texts = ([sequences[place] for place in batch] for batch in batches)
+    results = runner.each(list(texts)) if isinstance(runner, LayerwiseRunner) else map(runner.logits, texts)
+    for batch in batches:
+        found = next(results)
+        for row, place in enumerate(batch):
+            yield place, found[row]
+        del found  # or it would stay while the next batch is computed
 
 
 class TorchRunner:
@@ -108,42 +171,168 @@ class TorchRunner:
     def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
         import torch
 
-        longest = max(len(ids) for ids in batch)
-        padded = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in batch])
         with torch.inference_mode():
-            out = self._model(input_ids=padded, use_cache=False).logits.float().numpy()
+            out = self._model(input_ids=_padded(batch), use_cache=False).logits.float().numpy()
         return [out[row, : len(ids)] for row, ids in enumerate(batch)]
 
     def close(self) -> None:
         self._model = None
 
 
-class OnnxRunner:
-    """An ONNX Runtime GenAI model folder, run by plain ONNX Runtime with an empty cache."""
+class LayerwiseRunner:
+    """A Hugging Face checkpoint, with its adapter if it has one, in float32 on the CPU, one decoder block in memory.
+
+    `tensors` are the weights, those of the folder unless given (an adapter merged, codes dequantized).
+    """
 
     def __init__(
-        self, folder: Path, *, execution_provider: str = "CPUExecutionProvider", threads: int | None = None
+        self,
+        folder: Path,
+        *,
+        tensors: TensorSource | None = None,
+        adapter: Path | None = None,
+        trust_remote_code: bool = False,
+        on_block: Callable[[int, int], None] | None = None,
+    ) -> None:
+        from coldpress.nn.layerwise import LayerwiseModel
+
+        self._model = LayerwiseModel(folder, tensors=tensors, adapter=adapter, trust_remote_code=trust_remote_code)
+        self._on_block = on_block
+        config = read_json(folder / "config.json")
+        self.vocab_size = int(config["vocab_size"])
+        self._hidden_size = int(config.get("hidden_size", 1))
+        limit = config.get("max_position_embeddings")
+        self.context_length = None if limit is None else int(limit)
+
+    def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
+        (found,) = self.each([batch])
+        return found
+
+    def each(self, batches: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[Logits]]:
+        """`logits` of each batch, in order; the weights are read once for as many batches as `STATES_BYTES` holds."""
+        waiting = list(batches)
+        while waiting:
+            held, taken = 0, 0
+            while taken < len(waiting):
+                held += 4 * self._hidden_size * len(waiting[taken]) * max(map(len, waiting[taken]))
+                if taken and held > STATES_BYTES:
+                    break
+                taken += 1
+            now, waiting = waiting[:taken], waiting[taken:]
+            ids = [_padded(batch) for batch in now]
+            states = self._model.through_blocks(ids, self._on_block)
+            for place, batch in enumerate(now):
+                out = self._model.logits(ids[place], states[place]).numpy()
+                yield [out[row, : len(one)] for row, one in enumerate(batch)]
+                del out  # or it would stay while the next batch is computed
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def _padded(batch: Sequence[Sequence[int]]) -> Any:
+    """Token ids [sequences, longest] as a tensor."""
+    import torch
+
+    longest = max(len(ids) for ids in batch)
+    return torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in batch])
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """The model section of genai_config.json; a model for plain ONNX Runtime has only its checkpoint's config."""
+    if (folder / "genai_config.json").is_file() or not (folder / "config.json").is_file():
+        found: dict[str, Any] = read_json(folder / "genai_config.json").get("model", {})
+        return found
+    config = read_json(folder / "config.json")
+    return {"vocab_size": config.get("vocab_size"), "context_length": config.get("max_position_embeddings")}
+
+
+class OnnxRunner:
+    """An ONNX Runtime GenAI model folder, run by plain ONNX Runtime with an empty cache.
+
+    A graph with LoRA inputs is given `adapter`: the file that was made for it, where there is one, else its weights.
+    The session is made when it is first asked: while a reference goes through its blocks, its weights need not wait in
+    memory. Where the graph says so (`EVALUATION_GRAPH`), another one over the same data file is run in its place.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapter: Path | None = None,
+        execution_provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
     ) -> None:
         import onnxruntime
 
-        genai = read_json(folder / "genai_config.json").get("model", {})
-        graph = folder / str(genai.get("decoder", {}).get("filename", "model.onnx"))
+        genai = _sizes(folder)
+        self._graph = folder / str(genai.get("decoder", {}).get("filename", "model.onnx"))
         if execution_provider not in onnxruntime.get_available_providers():
             raise StepError(
                 f"the model is built for {execution_provider}, which the installed ONNX Runtime does not have",
                 hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or detect().threads
-        options.log_severity_level = 3
-        try:
-            self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=[execution_provider])
-        except _onnxruntime_errors() as error:
-            raise CheckpointError(f"ONNX Runtime cannot load {graph}: {error}") from error
-        self._inputs = {one.name: one for one in self._session.get_inputs()}
+        if not self._graph.is_file():
+            raise CheckpointError(f"{self._graph} is missing", hint="is the model complete?")
+        self._provider, self._threads = execution_provider, threads or detect().threads
+        self._lora: dict[str, Any] = {}
+        self._options: Any = None
+        if adapter is not None:
+            self._take(folder / f"{ADAPTER_FILE}{FORMATS['onnx_adapter']}", adapter)
+        self._opened: Any = None
         self.vocab_size = int(genai.get("vocab_size") or self._session.get_outputs()[0].shape[-1])
         limit = genai.get("context_length")
         self.context_length = None if limit is None else int(limit)
+
+    @property
+    def _session(self) -> Any:
+        if self._opened is None:
+            self._opened = self._open(self._graph)
+            other = self._opened.get_modelmeta().custom_metadata_map.get(EVALUATION_GRAPH)
+            if other is not None:
+                self._opened = None  # one at a time in memory
+                self._opened = self._open(self._beside(other))
+        return self._opened
+
+    def _take(self, file: Path, adapter: Path) -> None:
+        import onnxruntime
+
+        if file.is_file():
+            self._loaded = onnxruntime.LoraAdapter()  # must live as long as the options that name it
+            try:
+                self._loaded.Load(str(file))
+            except _onnxruntime_errors() as error:
+                raise CheckpointError(f"ONNX Runtime cannot load {file}: {error}") from error
+            self._options = onnxruntime.RunOptions()
+            self._options.add_active_adapter(self._loaded)
+            return
+        with AdapterWeights.open(adapter) as weights:
+            self._lora = lora_inputs(weights)
+
+    def _beside(self, name: str) -> Path:
+        """The file of the model's folder that the graph names."""
+        folder = self._graph.parent.resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise CheckpointError(f"{self._graph} names {name!r} as {EVALUATION_GRAPH}, which is outside its own folder")
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self._graph} yields logits of the last position only and names {name!r} for all of them, "
+                f"which is missing",
+                hint="is the model complete? build it again",
+            )
+        return path
+
+    def _open(self, graph: Path) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        try:
+            return onnxruntime.InferenceSession(str(graph), options, providers=[self._provider])
+        except _onnxruntime_errors() as error:
+            raise CheckpointError(f"ONNX Runtime cannot load {graph}: {error}") from error
 
     def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
         import numpy as np
@@ -154,18 +343,21 @@ class OnnxRunner:
         for row, one in enumerate(batch):
             ids[row, : len(one)] = one
             mask[row, : len(one)] = 1
+        inputs = {one.name: one for one in self._session.get_inputs()}
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in self._inputs:
+        if "position_ids" in inputs:
             feeds["position_ids"] = np.broadcast_to(np.arange(longest, dtype=np.int64), (rows, longest)).copy()
-        for name, one in self._inputs.items():
+        for name, one in inputs.items():
             if name.startswith("past_key_values."):
-                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[one.type]
-                feeds[name] = np.zeros((rows, one.shape[1], 0, one.shape[3]), dtype)
-        (out,) = self._session.run(["logits"], feeds)
+                feeds[name] = np.zeros((rows, one.shape[1], 0, one.shape[3]), _FLOATS[one.type])
+        for one in self._session.get_overridable_initializers():
+            if one.name in self._lora:
+                feeds[one.name] = self._lora[one.name].astype(_FLOATS[one.type], copy=False)
+        (out,) = self._session.run(["logits"], feeds, self._options)
         return [out[row, : len(one)].astype(np.float32, copy=False) for row, one in enumerate(batch)]
 
     def close(self) -> None:
-        self._session = None
+        self._opened = None
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -3,7 +3,8 @@
     B batch, S new tokens, P past tokens, T = P + S, H heads, K key/value heads, D head size
 
     in   input_ids [B, S] int64 (or inputs_embeds [B, S, hidden]), attention_mask [B, T] int64,
-         past_key_values.N.key, .value [B, K, P, D]; position_ids [B, S] where rows are padded on the left
+         past_key_values.N.key, .value [B, K, P, D]; position_ids [B, S] where rows are padded on the left;
+         A and B of LoRA adapters on request (`graph.lora`)
     out  logits [B, S, vocab], present.N.key, .value [B, K, T, D]  (hidden_states [B, S, hidden] on request)
 
     embed -> [norm -> qkv -> attention -> o] -> [norm -> gate, up -> act(gate)*up -> down] -> ... -> norm -> head
@@ -89,9 +90,10 @@ class _Decoder:
             stream = self._block(layer, stream, positions)
         norm, _ = self._norm("/model/final_norm", stream, arch.final_norm, keep_sum=False)
         inputs = [self.ids, self.mask, *([] if self.position_ids is None else [self.position_ids])]
+        outputs = self._outputs(norm, positions)
         return self.graph.model(
-            [*inputs, *(value for pair in self.past for value in pair)],
-            [*self._outputs(norm, positions), *self.presents],
+            [*inputs, *(value for pair in self.past for value in pair), *self.linear.lora.values],
+            [*outputs, *self.presents],
             producer=producer,
             metadata=metadata,
         )
@@ -126,7 +128,8 @@ class _Decoder:
     def _attention(self, layer: int, x: ir.Value, positions: Positions) -> ir.Value:
         arch, graph, base = self.arch, self.graph, f"/model/layers.{layer}/attn"
         rope, window = arch.ropes[layer], arch.windows[layer]
-        fused = rope is not None and fused_rotary(arch, rope)
+        # The kernel's own rotary counts positions from the left end of a row, padding included.
+        fused = rope is not None and fused_rotary(arch, rope) and not self.form.left_padding
         query: list[ir.Value | None]
         if packs_qkv(arch, self.form) and (rope is None or fused):
             query = [self.linear.product(f"{base}/qkv_proj/MatMul", x), None, None]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from coldpress.artifacts.arch import Arch, Linear, Rope
+from coldpress.artifacts.stored import Packing
 
 __all__ = [
     "EMBEDDING",
@@ -45,6 +46,8 @@ class Quantization:
     """What MatMulNBits computes in: 1 float32, 2 float16, 3 bfloat16, 4 int8; 0 lets the kernel choose."""
     candidates: int = 1
     """Scales tried for a block; see `kernels.quantize`."""
+    taken: Packing | None = None
+    """The checkpoint's own codes are taken over: they have these bits and blocks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Form:
     """Output is `hidden_states` instead of `logits`."""
     include_hidden_states: bool = False
     """Output is `hidden_states` besides `logits`."""
+    lora_modules: frozenset[str] = frozenset()
+    """Last parts of the names of the linear layers that LoRA adapters may change at run time; see `graph.lora`."""
     rope_switch: Literal["position_ids", "if"] = "position_ids"
     """How a longrope model gets from its short to its long table: by the positions given to the attention kernel, or by
     an If node, which copies a table on each run, for kernels that take no positions."""

@@ -7,13 +7,18 @@ ids [B, S]  -> rows [B, S, hidden]        floats: Gather       blocks: com.micro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import onnx_ir as ir
 
 from coldpress.artifacts.arch import Arch, Linear, Rows
+from coldpress.artifacts.quantized import CodedSource
+from coldpress.artifacts.stored import Packing
 from coldpress.artifacts.tensors import TensorSource
 from coldpress.graph.form import EMBEDDING, HEAD, Form, Quantization, products
+from coldpress.graph.lora import LoraInputs
 from coldpress.graph.ops import FLOATS, MICROSOFT, GraphWriter
+from coldpress.graph.taken import ColumnOrder, TakenMatrix
 from coldpress.graph.weights import Cast, Matrix, Place, QuantizedMatrix, Transposed, Weight
 
 __all__ = ["LinearWriter"]
@@ -26,6 +31,9 @@ class LinearWriter:
         self.arch, self.form, self.tensors, self.graph = arch, form, tensors, graph
         self.io = FLOATS[form.io]
         self.products = dict(products(arch, form))
+        self.lora = LoraInputs(form.lora_modules, tensors, graph, self.io)
+        self._orders: dict[str, ir.Value] = {}
+        """Orders of columns by their digest."""
         self._shared: tuple[Place, ...] = ()
         """The matrix that embedding and head share."""
         if form.shares_embedding(arch):
@@ -36,16 +44,17 @@ class LinearWriter:
         return self.graph.weight(Cast(name, Matrix(self.tensors, tuple(parts), 1), self.io, vector=True, add=add))[0]
 
     def product(self, name: str, x: ir.Value) -> ir.Value:
-        """x W^T, and + b where the layer has a bias."""
+        """x W^T, and + b where the layer has a bias, and what adapters add."""
         linear, q = self.products[name], self.form.nodes.get(name)
         shared = self._shared if name == HEAD else ()
         if q is not None:
             values = (
                 tuple(map(self.graph.place, shared)) if shared else self.graph.weight(self._quantized(name, linear, q))
             )
+            fed = x if q.taken is None else self._ordered(name, linear, x, q.taken)
             y = self.graph.op(
                 "MatMulNBits",
-                [x, *values],
+                [fed, *values],
                 name=name,
                 domain=MICROSOFT,
                 K=linear.k,
@@ -60,10 +69,10 @@ class LinearWriter:
         else:
             (w,) = self.graph.weight(Transposed(_tensor_name(name), self._matrix(linear), self.io))
             y = self.graph.op("MatMul", [x, w], name=name)
-        if not linear.bias:
-            return y
-        add = name.removesuffix("MatMul") + "Add"
-        return self.graph.op("Add", [y, self.vector(_tensor_name(add, "bias"), linear.bias)], name=add)
+        if linear.bias:
+            add = name.removesuffix("MatMul") + "Add"
+            y = self.graph.op("Add", [y, self.vector(_tensor_name(add, "bias"), linear.bias)], name=add)
+        return self.lora.added(name, linear, x, y)
 
     def embed(self, ids: ir.Value) -> ir.Value:
         """Rows of the embedding."""
@@ -80,7 +89,20 @@ class LinearWriter:
     def _matrix(self, linear: Linear) -> Matrix:
         return Matrix(self.tensors, linear.parts, linear.k)
 
-    def _quantized(self, name: str, linear: Linear, q: Quantization) -> QuantizedMatrix:
+    def _ordered(self, name: str, linear: Linear, x: ir.Value, packing: Packing) -> ir.Value:
+        """x with its columns in the order of the taken codes."""
+        if not packing.order:
+            return x
+        if packing.order not in self._orders:
+            order = ColumnOrder(cast(CodedSource, self.tensors), linear.parts[0].tensor, packing.order, linear.k)
+            (self._orders[packing.order],) = self.graph.weight(order)
+        gather = name.removesuffix("MatMul") + "Gather"
+        return self.graph.op("Gather", [x, self._orders[packing.order]], name=gather, axis=-1)
+
+    def _quantized(self, name: str, linear: Linear, q: Quantization) -> Weight:
+        if q.taken is not None:
+            source = cast(CodedSource, self.tensors)
+            return TakenMatrix(_tensor_name(name), source, linear.parts, linear.k, q.taken, self.io)
         candidates = q.candidates if q.bits == 4 else 1  # at 8 bits a search gains next to nothing
         return QuantizedMatrix(
             _tensor_name(name), self._matrix(linear), q.bits, q.block_size, q.symmetric, candidates, self.io

@@ -15,12 +15,13 @@ et al. 2021 (8-bit optimizers) for the dynamic code.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "CHUNK", "CODES", "dynamic_code", "round_trip"]
+__all__ = ["BLOCK", "CHUNK", "CODES", "block_scales", "dynamic_code", "round_trip", "round_trip_blocks"]
 
 BLOCK = 64
 """Weights that share an absmax."""
@@ -74,17 +75,27 @@ def round_trip(
 
     Peak memory: the result, and 24 bytes for each of `CHUNK` weights.
     """
-    code = CODES[quant_type]
     flat = np.ascontiguousarray(weight).reshape(-1)
     out = np.empty(flat.size, np.float32)
     pieces = [slice(start, start + CHUNK) for start in range(0, flat.size, CHUNK)]
-    absmax = np.concatenate([_absmax(flat[piece].astype(np.float32), BLOCK) for piece in pieces])
-    used = _nested_round_trip(absmax) if double_quant else absmax
+    scales = block_scales((flat[piece] for piece in pieces), double_quant=double_quant)
     for piece in pieces:
         blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
-        indices = _nearest(flat[piece].astype(np.float32), absmax[blocks], BLOCK, code)
-        out[piece] = _scaled(code[indices], used[blocks], BLOCK)
+        out[piece] = round_trip_blocks(flat[piece], scales[blocks], quant_type=quant_type)
     return out.reshape(weight.shape)
+
+
+def block_scales(pieces: Iterable[npt.NDArray[Any]], *, double_quant: bool = False) -> Floats:
+    """m' of each block of a weight, given in flat pieces in memory order, all but the last of whole blocks."""
+    absmax = np.concatenate([_absmax(piece.astype(np.float32), BLOCK) for piece in pieces])
+    return _nested_round_trip(absmax) if double_quant else absmax
+
+
+def round_trip_blocks(flat: npt.NDArray[Any], scales: Floats, *, quant_type: Literal["nf4", "fp4"] = "nf4") -> Floats:
+    """What is left of whole blocks of a weight (the last one may be cut), with their m' from `block_scales`."""
+    code = CODES[quant_type]
+    values = flat.astype(np.float32)
+    return _scaled(code[_nearest(values, _absmax(values, BLOCK), BLOCK, code)], scales, BLOCK)
 
 
 def _nested_round_trip(absmax: Floats) -> Floats:

@@ -7,11 +7,12 @@ the CPU lacks the instructions; the result is the same in eval and in train mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.base import BaseQuantization, read_json
+from coldpress.artifacts.quantized import Checkpoint, open_checkpoint
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.errors import CheckpointError, UnsupportedModelError
 from coldpress.nn import imports
@@ -20,7 +21,7 @@ from coldpress.nn.adapters import four_bit_names
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["four_bit_layers", "load_adapter", "load_dequantized", "load_model"]
+__all__ = ["four_bit_layers", "load_adapter", "load_dequantized", "load_model", "load_outline"]
 
 
 def load_model(
@@ -34,15 +35,23 @@ def load_model(
 ) -> Any:
     """A causal language model; `dtype` is float32, float16, bfloat16, or auto for the stored one.
 
+    A checkpoint that is quantized on disk is dequantized here, to float32 for auto: no library of its tool is needed.
     Raises CheckpointError for missing, damaged or incomplete weights and UnsupportedModelError for an unknown type.
     """
-    with TensorSet.open(folder) as tensors:  # a damaged or cut file is named here, before a library fails inside
+    config = _readable_config(folder, trust_remote_code)
+    # A damaged or cut file is named here, before a library fails inside.
+    with open_checkpoint(folder, config) as tensors:
         matrices = {info.name.removesuffix(".weight"): info.shape for info in tensors.infos() if len(info.shape) == 2}
-    config = read_json(folder / "config.json")
-    if "auto_map" in config and not trust_remote_code and not _known_type(config):
-        raise UnsupportedModelError(
-            f"{folder} needs the checkpoint's own Python code", hint="read it, then run with --trust-remote-code"
-        )
+        if tensors.packings:
+            if quantization is not None:
+                raise CheckpointError(
+                    f"{folder} is quantized already, so it cannot be loaded in 4 bits of bitsandbytes",
+                    hint="take the unquantized model, or train a plain LoRA adapter",
+                )
+            model = load_outline(folder, _read_all(tensors), trust_remote_code=trust_remote_code)
+            if attn_implementation is not None:
+                model.set_attn_implementation(attn_implementation)
+            return model if dtype in ("auto", "float32") else {"float16": model.half, "bfloat16": model.bfloat16}[dtype]()
     if quantization is not None:
         imports.load_bitsandbytes()
     else:
@@ -72,12 +81,7 @@ def load_model(
         raise CheckpointError(
             f"{folder} cannot be loaded: {_first_line(error)}", hint="is the download complete?"
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights of the model, the first: {missing[0]}",
-            hint="Transformers would fill them with random numbers; is the download complete?",
-        )
+    _refuse_missing(folder, info["missing_keys"])
     if quantization is not None:
         layers = four_bit_layers(model)
         if set(layers) != set(_quantized(matrices)):
@@ -86,6 +90,68 @@ def load_model(
         for layer in layers.values():
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def _read_all(tensors: Checkpoint) -> dict[str, torch.Tensor]:
+    import numpy as np
+    import torch
+
+    found = {}
+    for info in tensors.infos():
+        array = np.array(tensors.read(info.name))
+        # torch knows the types of ml_dtypes only by their bits.
+        bits = {"bfloat16": np.int16}.get(info.dtype)
+        tensor = torch.from_numpy(array if bits is None else array.view(bits))
+        found[info.name] = tensor if bits is None else tensor.view(torch.bfloat16)
+    return found
+
+
+def load_outline(folder: Path, weights: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """The float32 model of a folder whose parameters are what `weights` gives, names as in a checkpoint.
+
+    `weights` goes to Transformers' own loader: names are converted, ties and buffers made, and missing ones refused as
+    in `load_model`. Its values may be stand-ins that yield tensors without memory (device `meta`). A mark of
+    quantization in config.json is ignored: `weights` says what the weights are.
+    """
+    config = _readable_config(folder, trust_remote_code)
+    imports.load_inference()
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    hf_config = _hf_config(folder, config, trust_remote_code)
+    if hasattr(hf_config, "quantization_config"):
+        del hf_config.quantization_config
+    try:
+        with torch.device("meta"):
+            model_class = type(AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust_remote_code))
+        model, info = model_class.from_pretrained(
+            None, config=hf_config, state_dict=dict(weights), dtype=torch.float32, output_loading_info=True
+        )
+    except _loading_errors() as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {_first_line(error)}", hint="is the download complete?"
+        ) from error
+    _refuse_missing(folder, info["missing_keys"])
+    return model
+
+
+def _readable_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if "auto_map" in config and not trust_remote_code and not _known_type(config):
+        raise UnsupportedModelError(
+            f"{folder} needs the checkpoint's own Python code", hint="read it, then run with --trust-remote-code"
+        )
+    return config
+
+
+def _refuse_missing(folder: Path, missing: Collection[str]) -> None:
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights of the model, the first: {min(missing)}",
+            hint="Transformers would fill them with random numbers; is the download complete?",
+        )
 
 
 def _hf_config(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:

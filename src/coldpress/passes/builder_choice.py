@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field
 
 from coldpress.artifacts.arch import Arch
 from coldpress.artifacts.arch_config import arch_from_config
+from coldpress.artifacts.base import AdapterSpec
+from coldpress.artifacts.stored import Packing
 from coldpress.config.schema import Frozen
 from coldpress.errors import PlanError
 from coldpress.graph.form import EMBEDDING, HEAD, FloatType, Form, Quantization, mixed_layers, products
+from coldpress.passes.builder_taken import take_over
 from coldpress.registry import nearest
 
 __all__ = ["Choice", "ModelBuilderConfig", "choose", "main_quantization", "resolve"]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-Algorithm = Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed", "k_quant_linear"]
+Algorithm = Literal[
+    "default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_down", "k_quant_mixed", "k_quant_linear"
+]
+Profile = Literal["fast", "balanced", "accurate"]
 
 
 class ModelBuilderConfig(Frozen):
@@ -27,6 +34,11 @@ class ModelBuilderConfig(Frozen):
     precision: Precision
     """Of the weights. On the CPU fp32, int8 or int4; on CUDA also fp16 and bf16. int8 and int4 compute in fp32 on the
     CPU and in fp16 on CUDA."""
+    profile: Profile = "balanced"
+    """What options that are left out come to, on the CPU. fast: int4 blocks of 128, one int4 matrix for embedding and head
+    where the model ties them, gate and up in one product, and logits for the last token only; balanced: blocks of 32 and
+    the embedding at 8 bits; accurate: as balanced, with head and the most sensitive third of the projections at 8 bits.
+    docs/profiles.md has what each costs and gains."""
     metadata_only: bool = False
     """Write only the GenAI files for an ONNX model that is there already. Not built."""
     search: Mapping[str, Any] | None = None
@@ -45,8 +57,21 @@ class ModelBuilderConfig(Frozen):
     """Nodes to keep in floating point: `/lm_head/MatMul`, `/model/layers.0/attn/qkv_proj/MatMul` ..."""
     int4_algo_config: Algorithm | None = None
     """default and rtn take each block's scale from its greatest weight; k_quant tries five scales and takes the one
-    with the least squared error. `_last` keeps the head at 8 bits, `_mixed` also every third qkv and down projection
-    and those of the first and last layers. null is k_quant for int4, rtn for int8."""
+    with the least squared error. `_last` keeps the head at 8 bits; `_down` also every third down projection and those
+    of the first and last layers; `_mixed` these, and query, key and value of the same layers. null is k_quant for int4,
+    rtn for int8."""
+    shared_embeddings: bool | None = None
+    """Embedding and head as one quantized matrix, where the model ties them; null: as the profile says."""
+    prune_lm_head: bool | None = None
+    """Logits for the last token of each row only, [batch, 1, vocabulary]: a prompt then pays for one row of the head. A
+    second graph over the same data file keeps all logits, for evaluation. null: as the profile says."""
+    fuse_mlp_gate_up: bool | None = None
+    """Gate and up projection in one product; null: as the profile says."""
+    disable_qkv_fusion: bool = False
+    """Query, key and value in three products instead of one."""
+    padding: Literal["right", "left"] = "right"
+    """left: a graph for plain ONNX Runtime with `position_ids` as an input, right for rows padded on either side;
+    onnxruntime-genai does not run it, so it comes without genai_config.json."""
     use_qdq: bool = False
     """DequantizeLinear + MatMul instead of MatMulNBits. Not built."""
     use_8bits_moe: bool = False
@@ -63,6 +88,13 @@ class ModelBuilderConfig(Frozen):
     """Leave the head out: the output is `hidden_states`."""
     enable_cuda_graph: bool | None = None
     """CUDA: let genai_config.json ask for CUDA graphs."""
+    adapter: Literal["merge", "inputs"] = "merge"
+    """What becomes of LoRA adapters. merge adds the model's to its weights while they are streamed. inputs leaves the
+    base as it is and lets the graph take A and B as inputs, so that adapters can be switched at run time;
+    ExtractAdapters after it, or `coldpress convert-adapters`, writes the files that ONNX Runtime loads."""
+    adapter_modules: tuple[str, ...] | None = None
+    """With adapter: inputs, the linear layers that adapters may change (q_proj, v_proj ...); null: those that the
+    model's own adapter changes."""
     extra_options: Mapping[str, Any] = Field(default_factory=dict)
     """The same options under the names of onnxruntime-genai's builder; they win over the ones above."""
 
@@ -80,7 +112,8 @@ _EXTRA: Mapping[str, str] = {
         name: name
         for name in (
             "use_qdq", "use_8bits_moe", "use_webgpu_fp32", "use_cuda_bf16", "include_hidden_states", "exclude_embeds",
-            "exclude_lm_head", "enable_cuda_graph",
+            "exclude_lm_head", "enable_cuda_graph", "shared_embeddings", "prune_lm_head", "fuse_mlp_gate_up",
+            "disable_qkv_fusion",
         )
     },
     "config_only": "metadata_only",
@@ -103,6 +136,24 @@ _CANDIDATES = 5
 
 
 @dataclass(frozen=True)
+class _Profile:
+    """Defaults of the options that decide over speed."""
+
+    block_size: int = 32
+    algorithm: Algorithm = "k_quant"
+    shared: bool = False
+    pruned: bool = False
+    fused: bool = False
+
+
+_PROFILES: Mapping[Profile, _Profile] = {
+    "fast": _Profile(128, shared=True, pruned=True, fused=True),
+    "balanced": _Profile(),
+    "accurate": _Profile(algorithm="k_quant_mixed"),
+}
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a config comes to for one model and provider."""
 
@@ -113,8 +164,8 @@ class Choice:
 
 
 def main_quantization(form: Form) -> Quantization:
-    """That of most products."""
-    return next(iter(form.nodes.values()))
+    """That of most products that are quantized here; where all are taken over, theirs."""
+    return next((q for q in form.nodes.values() if q.taken is None), next(iter(form.nodes.values())))
 
 
 def resolve(config: ModelBuilderConfig) -> tuple[ModelBuilderConfig, tuple[str, ...]]:
@@ -154,8 +205,17 @@ def _raise(problems: list[str]) -> None:
         raise PlanError("ModelBuilder: " + "\n  ".join(problems))
 
 
-def choose(config: ModelBuilderConfig, hf_config: Mapping[str, Any], provider_name: str) -> Choice:
-    """Graph form for a config, a model and a provider; raises PlanError with every reason against it."""
+def choose(
+    config: ModelBuilderConfig,
+    hf_config: Mapping[str, Any],
+    provider_name: str,
+    adapter: AdapterSpec | None = None,
+    packings: Mapping[str, Packing | str] = MappingProxyType({}),
+) -> Choice:
+    """Graph form for a config, a model and a provider; raises PlanError with every reason against it.
+
+    `packings`: the checkpoint's quantized weights, see `artifacts.quantized`.
+    """
     config, _ = resolve(config)
     arch = arch_from_config(hf_config)
     problems: list[str] = []
@@ -165,23 +225,96 @@ def choose(config: ModelBuilderConfig, hf_config: Mapping[str, Any], provider_na
         provider = "cpu"
     io: FloatType = _HALF.get(config.precision, "float32")
     quantized = config.precision in ("int4", "int8")
+    if config.fuse_mlp_gate_up and not arch.family.gated:
+        problems.append(f"fuse_mlp_gate_up: {arch.family.model_type} has no gate projection")
+    if config.prune_lm_head and not _has_head(config):
+        problems.append("prune_lm_head has nothing to prune with exclude_lm_head")
+    if config.profile != "balanced" and provider != "cpu":
+        problems.append(f"profile {config.profile} is measured on the CPU only; leave it out")
     if provider == "cpu":
         problems += _against_cpu(config)
     elif quantized:
         io = "bfloat16" if config.use_cuda_bf16 else "float16"
     if not quantized:
         problems += _without_quantization(config)
+    if config.padding == "left":
+        problems += _against_left_padding(config, provider)
+    profile = _PROFILES[config.profile]
     form = Form(
         io=io,
+        packed_qkv=not config.disable_qkv_fusion,
+        fused_gate_up=_either(config.fuse_mlp_gate_up, profile.fused and arch.family.gated),
+        prune_head=_either(config.prune_lm_head, profile.pruned and config.padding == "right" and _has_head(config)),
+        left_padding=config.padding == "left",
         exclude_embeds=config.exclude_embeds,
         exclude_lm_head=config.exclude_lm_head,
         include_hidden_states=config.include_hidden_states,
         rope_switch="position_ids" if provider == "cpu" else "if",
     )
     nodes, more = _nodes(config, arch, form, provider) if quantized else ({}, [])
-    _raise(problems + more)
-    form = replace(form, nodes=nodes)
-    return Choice(arch, form, provider, _notes(config, arch, form, provider))
+    lora_modules, against = _lora_modules(config, arch, adapter)
+    _raise(problems + more + against)
+    form, taken = take_over(
+        arch,
+        replace(form, nodes=nodes, lora_modules=lora_modules),
+        packings,
+        block_size=config.int4_block_size,
+        symmetric=config.int4_is_symmetric,
+    )
+    return Choice(arch, form, provider, (*taken, *_notes(config, arch, form, provider), *_adapter_notes(form, adapter)))
+
+
+def _lora_modules(
+    config: ModelBuilderConfig, arch: Arch, adapter: AdapterSpec | None
+) -> tuple[frozenset[str], list[str]]:
+    """Linear layers that get LoRA inputs, and what speaks against them."""
+    if config.adapter == "merge":
+        odd = config.adapter_modules is not None
+        return frozenset(), ["adapter_modules is for adapter: inputs; leave it out, or say so"] if odd else []
+    modules = config.adapter_modules
+    if modules is None:
+        modules = () if adapter is None else adapter.target_modules
+    if not modules:
+        return frozenset(), ["adapter: inputs needs a model with an adapter, or adapter_modules"]
+    known = {
+        part.tensor.removesuffix(".weight").rpartition(".")[2]
+        for name, linear in products(arch)
+        for part in linear.parts
+        if not (name == HEAD and arch.tied)
+    }
+    unknown = sorted(set(modules) - known)
+    problems = []
+    if unknown:
+        problems.append(
+            f"adapter: inputs cannot reach {', '.join(unknown)}; adapters may change {', '.join(sorted(known))}"
+        )
+    return frozenset(modules), problems
+
+
+def _adapter_notes(form: Form, adapter: AdapterSpec | None) -> tuple[str, ...]:
+    if form.lora_modules:
+        modules = ", ".join(sorted(form.lora_modules))
+        return (f"adapters are inputs, for {modules}; without one the graph is the base model",)
+    return () if adapter is None else ("the adapter is merged while the weights are streamed, in float32",)
+
+
+def _either(given: bool | None, otherwise: bool) -> bool:
+    return otherwise if given is None else given
+
+
+def _has_head(config: ModelBuilderConfig) -> bool:
+    return not config.exclude_lm_head
+
+
+def _against_left_padding(config: ModelBuilderConfig, provider: str) -> list[str]:
+    found = []
+    if provider != "cpu":
+        found.append("padding: left is built for the CPU only")
+    if config.prune_lm_head:
+        found.append("prune_lm_head takes the last token of rows padded on the right; with padding: left leave it out")
+    if config.search is not None:
+        found.append("search is for genai_config.json, which a model with padding: left does not have")
+    return found
 
 
 def _against_cpu(config: ModelBuilderConfig) -> list[str]:
@@ -210,16 +343,19 @@ def _without_quantization(config: ModelBuilderConfig) -> list[str]:
     found = [f"{name} has no effect at precision {config.precision}; it is for int4 and int8" for name in given]
     if config.use_cuda_bf16:
         found.append(f"use_cuda_bf16 is for int4 and int8; for {config.precision} say precision: bf16")
+    if config.shared_embeddings is not None:
+        found.append(f"shared_embeddings has no effect at precision {config.precision}: tied matrices are one there")
     return found
 
 
 def _quantization(config: ModelBuilderConfig, arch: Arch, provider: str) -> Quantization:
     block_size: int | None = config.int4_block_size
     if block_size is None:
-        wide = all(linear.k % 128 == 0 for _, linear in products(arch))
-        block_size = 128 if config.precision == "int8" and wide else 32
+        wanted = 128 if config.precision == "int8" else _PROFILES[config.profile].block_size
+        wide = all(linear.k % wanted == 0 for _, linear in products(arch))
+        block_size = wanted if wide else 32
     level: int | None = config.int4_accuracy_level
-    algorithm = config.int4_algo_config or ("k_quant" if config.precision == "int4" else "rtn")
+    algorithm = _algorithm(config)
     return Quantization(
         bits=4 if config.precision == "int4" else 8,
         block_size=block_size,
@@ -227,6 +363,12 @@ def _quantization(config: ModelBuilderConfig, arch: Arch, provider: str) -> Quan
         accuracy_level=(4 if provider == "cpu" else 0) if level is None else level,
         candidates=_CANDIDATES if algorithm.startswith("k_quant") else 1,
     )
+
+
+def _algorithm(config: ModelBuilderConfig) -> str:
+    if config.int4_algo_config is not None:
+        return config.int4_algo_config
+    return _PROFILES[config.profile].algorithm if config.precision == "int4" else "rtn"
 
 
 def _nodes(
@@ -243,11 +385,20 @@ def _nodes(
         # KL with the embedding at 4 and 8 bits and in floating point: phi3-7m 0.0206, 0.0178, 0.0178; stories1M 0.124,
         # 0.079, 0.078. ONNX Runtime's CUDA provider is not known to gather 8-bit blocks.
         nodes[EMBEDDING] = replace(base, bits=8)
-    algorithm = config.int4_algo_config or ""
-    if algorithm.endswith(("_last", "_mixed")) and nodes:
-        raised = {HEAD, *(mixed_layers(arch) if algorithm.endswith("_mixed") else ())}
+    algorithm = _algorithm(config)
+    if algorithm.endswith(("_last", "_down", "_mixed")) and nodes:
+        raised = {HEAD, *(() if algorithm.endswith("_last") else mixed_layers(arch))}
+        if algorithm.endswith("_down"):
+            raised = {name for name in raised if name == HEAD or "/mlp/down" in name}
         nodes |= {name: replace(base, bits=8) for name in raised if name in nodes}
+    shared = config.shared_embeddings
+    if _either(shared, _PROFILES[config.profile].shared and provider == "cpu" and types is None and arch.tied):
+        nodes[EMBEDDING] = nodes.get(HEAD, base)
     problems = []
+    if shared and not arch.tied:
+        problems.append("shared_embeddings: config.json says that head and embedding are different matrices")
+    if shared and (config.exclude_embeds or config.exclude_lm_head):
+        problems.append("shared_embeddings wants both embedding and head, and the options leave one out")
     for name in config.int4_nodes_to_exclude or ():
         if name not in (*names, EMBEDDING):
             close = nearest(name, (*names, EMBEDDING))
@@ -267,20 +418,24 @@ def _nodes(
 
 def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, provider: str) -> tuple[str, ...]:
     found = []
-    if form.nodes:
-        q = main_quantization(form)
+    if form.nodes and (q := main_quantization(form)).taken is None:
         scales = "scale from the peak" if q.candidates == 1 else f"best of {q.candidates} scales"
         found.append(
             f"{config.precision} weights, block {q.block_size}, {'symmetric' if q.symmetric else 'asymmetric'}, "
             f"{scales}; activations {form.io}"
         )
-        if not form.exclude_embeds:
-            stored = form.nodes.get(EMBEDDING)
-            how = form.io if stored is None else f"{stored.bits} bits"
-            found.append(f"embedding at {how}" + (", shared with the head" if form.shares_embedding(arch) else ""))
+    if form.nodes and not form.exclude_embeds:
+        stored = form.nodes.get(EMBEDDING)
+        how = form.io if stored is None else f"{stored.bits} bits"
+        found.append(f"embedding at {how}" + (", shared with the head" if form.shares_embedding(arch) else ""))
     if provider == "cuda":
         found.append("built for CUDA and checked in structure only where there is no GPU")
-    found.append("batches must be padded on the right: the attention kernel counts valid tokens from the left")
+    if form.prune_head:
+        found.append("logits of the last token only; a second graph over the same data keeps all, for evaluation")
+    if form.left_padding:
+        found.append("for plain ONNX Runtime, with position_ids; onnxruntime-genai does not run it")
+    else:
+        found.append("batches must be padded on the right: the attention kernel counts valid tokens from the left")
     if arch.rope.kind == "dynamic":
         found.append(f"dynamic rope is exact up to {arch.context_length} tokens, which is the model's context here")
     return tuple(found)

@@ -1,8 +1,6 @@
-"""Add an adapter to its base model: W' = W + s B A, tensor by tensor from file to file, without torch.
+"""Add an adapter to its base model, tensor by tensor from file to file, without torch.
 
-    W   base weight [out, in], in the checkpoint's type      A   [r, in]  float32      s   alpha / r
-    W'  merged weight, same type: the sum is made in         B   [out, r] float32          (alpha / sqrt(r): rsLoRA)
-        float32 and rounded once
+The sums are made in float32 (`artifacts/adapter.py` has the formulas) and rounded once to the checkpoint's type.
 
 After QLoRA there are two bases to choose from. The adapter was trained on 4-bit weights and corrects their errors
 too, so by default it is added to these: every linear layer goes through the same quantization again
@@ -14,15 +12,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from coldpress.artifacts.adapter import AdapterWeights, MergedTensors
+from coldpress.artifacts.adapter_inputs import copy_adapter, lora_inputs
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, read_json
-from coldpress.artifacts.tensors import TensorInfo, TensorSet, numpy_dtype, write_safetensors
+from coldpress.artifacts.tensors import TensorInfo, TensorSet, TensorSource, numpy_dtype, write_safetensors
 from coldpress.config.schema import Frozen
 from coldpress.data.tokenizer import copy_tokenizer
 from coldpress.errors import CheckpointError, PlanError
@@ -33,7 +33,7 @@ from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planne
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["AdapterWeights", "Delta", "MergeAdapterWeights", "MergeAdapterWeightsConfig"]
+__all__ = ["MergeAdapterWeights", "MergeAdapterWeightsConfig", "keep_adapter", "open_merged", "with_adapter"]
 
 ROWS_BYTES = 32 << 20
 """Bytes of float32 rows that are merged at a time."""
@@ -98,14 +98,13 @@ class MergeAdapterWeights:
     def run(self, config: MergeAdapterWeightsConfig, model: Artifact, ctx: Context) -> Artifact:
         if model.adapter is None:
             raise PlanError("the model has no adapter to merge")
-        quantization = None if config.base == "original" else model.base_quantization
         spec = model.describe()
-        in_four_bits = set(four_bit_names(spec.linear_layers())) if quantization is not None else set()
+        original = config.base == "original"
         with TensorSet.open(model.model) as base, AdapterWeights.open(model.adapter) as adapter:
-            adapter.check(base)
-            merge = _Merge(base, adapter, quantization, in_four_bits, ctx)
+            merge = _Merge(base, open_merged(model, base, adapter, original=original), ctx)
             write_safetensors(ctx.output / "model.safetensors", merge.tensors(), {"format": "pt"})
-        _report(merge, len(decoder_linears(spec.linear_layers())), ctx)
+        quantization = None if original else model.base_quantization
+        _report(merge, len(decoder_linears(spec.linear_layers())), quantization, ctx)
         _copy_configs(model.model, ctx.output)
         copy_tokenizer(model.tokenizer_path, ctx.output)
         if model.tokenizer_path != model.model:
@@ -113,157 +112,50 @@ class MergeAdapterWeights:
         return Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What an adapter adds to one weight: scale * second @ first."""
+def open_merged(
+    model: Artifact, base: TensorSource, adapter: AdapterWeights, *, original: bool = False, added: bool = True
+) -> MergedTensors:
+    """The base of `model` with its adapter added; after QLoRA on the 4-bit weights, unless `original`.
 
-    first: npt.NDArray[Any]
-    """A [r, in], float32."""
-    second: npt.NDArray[Any]
-    """B [out, r], float32."""
-    scale: float
-    transposed: bool = False
-    """The weight lies as [in, out]: embeddings, and Conv1D layers."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        shape = (self.second.shape[0], self.first.shape[1])
-        return (shape[1], shape[0]) if self.transposed else shape
-
-    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows of the product in the weight's own layout, float32."""
-        import numpy as np
-
-        left, right = (self.first.T, self.second.T) if self.transposed else (self.second, self.first)
-        product = left[start:stop] @ right
-        return np.asarray(product * np.float32(self.scale), np.float32)
+    Without `added`, the base alone as the adapter saw it. Raises CheckpointError for an adapter that does not fit.
+    """
+    spec = model.describe()
+    quantization = None if original else model.base_quantization
+    head = any(tensor.name.endswith("lm_head.weight") for tensor in spec.tensors)
+    return MergedTensors(
+        base,
+        adapter,
+        tied=bool(spec.config.get("tie_word_embeddings", not head)),
+        quantization=quantization,
+        four_bits=() if quantization is None else four_bit_names(spec.linear_layers()),
+        added=added,
+    )
 
 
-class AdapterWeights:
-    """A PEFT LoRA folder: deltas by weight name, and weights that replace the base's."""
-
-    PREFIX = "base_model.model."
-
-    def __init__(self, folder: Path, record: Mapping[str, Any], tensors: TensorSet) -> None:
-        self.folder = folder
-        self._record = record
-        self._tensors = tensors
-        names = [info.name for info in tensors.infos()]
-        self._pairs: dict[str, tuple[str, str]] = {}
-        self.replaced: dict[str, str] = {}
-        """Weight name -> name in the adapter file, for modules that were trained whole."""
-        for name in names:
-            if not name.startswith(self.PREFIX):
-                raise CheckpointError(f"{folder}: {name!r} is not a tensor of a PEFT adapter")
-            inner = name.removeprefix(self.PREFIX)
-            for down, up in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
-                if inner.endswith(down):
-                    module = inner.removesuffix(down)
-                    self._pairs[f"{module}.weight"] = (name, self.PREFIX + module + up)
-                    break
-                if inner.endswith(up):
-                    break
-            else:
-                if "lora_" in inner:
-                    raise CheckpointError(f"{folder}: {name!r} belongs to a kind of adapter that cannot be merged yet")
-                self.replaced[inner] = name
-        lonely = sorted(second for _, second in self._pairs.values() if second not in tensors)
-        if lonely:
-            raise CheckpointError(f"{folder} lacks {len(lonely)} tensors, the first: {lonely[0]}")
-
-    @classmethod
-    def open(cls, folder: Path) -> AdapterWeights:
-        """Raises CheckpointError for a damaged adapter, PlanError for a kind that cannot be merged."""
-        record = read_json(folder / "adapter_config.json")
-        _refuse_unmergeable(record)
-        tensors = TensorSet.open(folder / "adapter_model.safetensors")
-        try:
-            return cls(folder, record, tensors)
-        except BaseException:
-            tensors.close()
-            raise
-
-    def __enter__(self) -> AdapterWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tensors.close()
-
-    @property
-    def changed(self) -> frozenset[str]:
-        """Names of the weights that the adapter touches."""
-        return frozenset((*self._pairs, *self.replaced))
-
-    def delta(self, weight: str) -> Delta | None:
-        """What is added to this weight; None when nothing is."""
-        import numpy as np
-
-        if weight not in self._pairs:
-            return None
-        first_name, second_name = self._pairs[weight]
-        first = self._tensors.read(first_name).astype(np.float32)
-        second = self._tensors.read(second_name).astype(np.float32)
-        embedding = first_name.endswith("lora_embedding_A")
-        transposed = embedding or bool(self._record.get("fan_in_fan_out"))
-        return Delta(first, second, self._scale(weight.removesuffix(".weight"), first.shape[0]), transposed)
-
-    def replacement(self, weight: str) -> npt.NDArray[Any] | None:
-        """The whole weight, where it was trained whole."""
-        return self._tensors.read(self.replaced[weight]) if weight in self.replaced else None
-
-    def check(self, base: TensorSet) -> None:
-        """Every tensor of the adapter must belong to a weight of the base and fit it; raises CheckpointError."""
-        strangers = sorted(name for name in self.changed if name not in base)
-        if strangers:
-            raise CheckpointError(
-                f"{self.folder} changes {len(strangers)} weights that the base model does not have: "
-                + ", ".join(strangers[:8])
-                + (" ..." if len(strangers) > 8 else ""),
-                hint="it was trained on another model",
-            )
-        for name, (first, second) in self._pairs.items():
-            inner, outer = self._tensors.info(first).shape[1], self._tensors.info(second).shape[0]
-            if sorted(base.info(name).shape) != sorted((outer, inner)):
-                raise CheckpointError(
-                    f"{self.folder}: the adapter of {name} is for a weight of shape [{outer}, {inner}], "
-                    f"the base has {list(base.info(name).shape)}",
-                    hint="it was trained on another model",
-                )
-        for name, own in self.replaced.items():
-            if base.info(name).shape != self._tensors.info(own).shape:
-                raise CheckpointError(f"{self.folder}: {name} has another shape than in the base model")
-
-    def _scale(self, module: str, rank: int) -> float:
-        """alpha / r, with PEFT's patterns: a key is a regular expression for the end of the module's name."""
-        alpha = float(self._record["lora_alpha"])
-        for pattern, value in (self._record.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = float(value)
-                break
-        return alpha / math.sqrt(rank) if self._record.get("use_rslora") else alpha / rank
+@contextmanager
+def with_adapter(model: Artifact, base: TensorSource, *, added: bool) -> Iterator[TensorSource]:
+    """The weights of `model`, whose base is open, for a pass that streams them: see `open_merged`."""
+    if model.adapter is None:
+        yield base
+        return
+    with AdapterWeights.open(model.adapter) as adapter:
+        merged = open_merged(model, base, adapter, added=added)
+        yield merged if added or model.base_quantization is not None else base
 
 
-def _refuse_unmergeable(record: Mapping[str, Any]) -> None:
-    kind = str(record.get("peft_type"))
-    if kind != "LORA":
-        raise PlanError(f"the adapter is of the type {kind}, and only LORA can be merged yet")
-    odd = [
-        said
-        for key, said in (
-            ("use_dora", "DoRA"),
-            ("use_qalora", "QA-LoRA"),
-            ("lora_bias", "a bias in B"),
-            ("layer_replication", "layer replication"),
-            ("trainable_token_indices", "trained tokens"),
-            ("alora_invocation_tokens", "activated LoRA"),
-        )
-        if record.get(key)
-    ]
-    start = str(record.get("init_lora_weights"))
-    if start.startswith(("pissa", "olora", "loftq", "corda")):
-        odd.append(f"the initialisation {start}, which changes the base as well")
+def keep_adapter(model: Artifact, output: Path, modules: Collection[str]) -> Path | None:
+    """Copy the adapter of `model` beside a graph with LoRA inputs for `modules`, if it has one and it fits."""
+    if model.adapter is None:
+        return None
+    with AdapterWeights.open(model.adapter) as adapter:
+        lora_inputs(adapter)  # refuses what is more than low-rank sums
+        odd = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.pairs} - set(modules)
     if odd:
-        raise PlanError(f"the adapter uses {', '.join(odd)}, which cannot be merged yet", hint="merge it with PEFT")
+        raise CheckpointError(
+            f"{model.adapter} changes {', '.join(sorted(odd))}, for which the graph has no inputs",
+            hint="name them in adapter_modules as well",
+        )
+    return copy_adapter(model.adapter, output / "adapter")
 
 
 @dataclass
@@ -271,9 +163,7 @@ class _Merge:
     """The tensors of the merged model, each made when it is written."""
 
     base: TensorSet
-    adapter: AdapterWeights
-    quantization: BaseQuantization | None
-    in_four_bits: set[str]
+    merged: MergedTensors
     ctx: Context
     changed: list[str] = field(default_factory=list)
 
@@ -284,57 +174,37 @@ class _Merge:
 
     def _producer(self, info: TensorInfo, place: int, total: int) -> Callable[[], npt.NDArray[Any]]:
         def produce() -> npt.NDArray[Any]:
-            tensor = self._merged(info)
+            tensor = self._rounded(info)
             self.ctx.emit(Progress(self.ctx.step, place, total, "tensors"))
             return tensor
 
         return produce
 
-    def _merged(self, info: TensorInfo) -> npt.NDArray[Any]:
+    def _rounded(self, info: TensorInfo) -> npt.NDArray[Any]:
+        """The merged tensor in the checkpoint's type: rounded once."""
         import numpy as np
 
+        if self.merged.info(info.name) == info or not info.shape:
+            return self.merged.read(info.name)
         dtype = numpy_dtype(info.dtype)
-        whole = self.adapter.replacement(info.name)
-        if whole is not None:
-            self.changed.append(info.name)
-            return whole.astype(dtype)
-        weight = self._base(info)
-        delta = self.adapter.delta(info.name)
-        if delta is None:
-            return weight.astype(dtype, copy=False)
-        if delta.shape != info.shape:
-            raise CheckpointError(f"the adapter of {info.name} has shape {delta.shape}, the weight {info.shape}")
         out = np.empty(info.shape, dtype)
-        rows = max(1, ROWS_BYTES // (4 * info.shape[1]))
+        rows = max(1, ROWS_BYTES // (4 * math.prod(info.shape[1:])))
         differs = False
         for start in range(0, info.shape[0], rows):
             stop = min(start + rows, info.shape[0])
-            before = weight[start:stop].astype(np.float32)
-            out[start:stop] = (before + delta.rows(start, stop)).astype(dtype)
+            before, after = self.merged.before_and_after(info.name, start, stop)
+            out[start:stop] = after.astype(dtype)
             differs = differs or bool((out[start:stop] != before.astype(dtype)).any())
         if differs:
             self.changed.append(info.name)
         return out
 
-    def _base(self, info: TensorInfo) -> npt.NDArray[Any]:
-        """The weight as the adapter saw it: as it is, or through 4 bits."""
-        weight = self.base.read(info.name)
-        if self.quantization is None or info.name.removesuffix(".weight") not in self.in_four_bits:
-            return weight
-        from coldpress.kernels.nf4 import round_trip
 
-        # The base was loaded in the compute type, quantized, and dequantized to that type in every step.
-        dtype = numpy_dtype(self.quantization.compute_dtype)
-        return round_trip(
-            weight.astype(dtype), quant_type=self.quantization.quant_type, double_quant=self.quantization.double_quant
-        ).astype(dtype)
-
-
-def _report(merge: _Merge, layers: int, ctx: Context) -> None:
+def _report(merge: _Merge, layers: int, quantization: BaseQuantization | None, ctx: Context) -> None:
     changed = len(merge.changed)
     text = f"the adapter changed {changed} of {layers} linear layers"
-    if merge.quantization is not None:
-        text += f"; the base is the {merge.quantization.quant_type} weights it was trained on, dequantized"
+    if quantization is not None:
+        text += f"; the base is the {quantization.quant_type} weights it was trained on, dequantized"
     ctx.emit(Message("info" if changed else "warning", text if changed else text + ": it was not trained", ctx.step))
 
 

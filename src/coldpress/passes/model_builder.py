@@ -15,9 +15,10 @@ from coldpress.artifacts.arch import Arch
 from coldpress.artifacts.base import Artifact, Spec, read_json
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
-from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, data_bytes
+from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 from coldpress.passes.builder_choice import Choice, ModelBuilderConfig, choose, main_quantization, resolve
+from coldpress.passes.merge_adapter_weights import keep_adapter, with_adapter
 
 __all__ = ["ModelBuilder", "ModelBuilderConfig"]
 
@@ -33,6 +34,9 @@ _PARAMETERS_PER_SECOND = 0.3e9
 _PROCESS_BYTES = 200 << 20
 """Python with onnx_ir and Numba."""
 _MODEL_FILE_BYTES = 1 << 20
+MODEL_FILE = "model.onnx"
+ALL_LOGITS_FILE = "model_all_logits.onnx"
+"""Beside a model with a pruned head: the same weights, logits of every token. Perplexity and parity need them."""
 
 
 class ModelBuilder:
@@ -51,26 +55,27 @@ class ModelBuilder:
             spec,
             kind="onnx",
             tensors=(),
+            packings={},
             precision=config.precision,
-            adapter=None,
+            adapter=spec.adapter if config.adapter == "inputs" else None,
             base_quantization=None,
             execution_provider=provider,
         )
         if spec.kind != "checkpoint":
             raise PlanError(f"ModelBuilder takes a Hugging Face checkpoint, this step gets a model of kind {spec.kind}")
-        if spec.adapter is not None:
-            raise PlanError("ModelBuilder takes a model without an adapter", hint="put MergeAdapterWeights before it")
         if spec.unknown is not None:
             resolve(config)  # what can be checked without the model
             return Planned(built, Estimate(), (f"graph and size are unknown: {spec.unknown}",))
-        choice = choose(config, spec.config, provider)
+        merges = spec.adapter is not None and config.adapter == "merge"
+        packings = {} if merges else spec.packings  # codes of the base know nothing of an adapter
+        choice = choose(config, spec.config, provider, spec.adapter, packings)
         _check_tensors(choice.arch, {tensor.name: tensor.shape for tensor in spec.tensors})
         size = data_bytes(choice.arch, choice.form)
         quantized = bool(choice.form.nodes)
         searched = any(q.candidates > 1 for q in choice.form.nodes.values())
         rate = _PARAMETERS_PER_SECOND * env.hardware.cores * (1 if searched else 8)
         estimate = Estimate(
-            ram=_PROCESS_BYTES + WRITE_BUDGET,
+            ram=_PROCESS_BYTES + WRITE_BUDGET * (1 if spec.adapter is None else 2),
             disk=size + _MODEL_FILE_BYTES,
             seconds=2.0 + spec.parameters / (rate if quantized else 0.5e9),
         )
@@ -88,7 +93,7 @@ class ModelBuilder:
         import onnx_ir as ir
 
         import coldpress
-        from coldpress.artifacts.tensors import TensorSet
+        from coldpress.artifacts.quantized import open_checkpoint
         from coldpress.graph.decoder import build_decoder
         from coldpress.graph.genai import copy_tokenizer, genai_config
         from coldpress.graph.weights import DataFile
@@ -98,25 +103,33 @@ class ModelBuilder:
         hf_config = read_json(model.model / "config.json")
         generation_file = model.model / "generation_config.json"
         generation = read_json(generation_file) if generation_file.is_file() else {}
-        choice = choose(config, hf_config, provider)
+        merges = config.adapter == "merge"
         copy_tokenizer(model.tokenizer_path, model.model, ctx.output)
-        with TensorSet.open(model.model) as tensors:
-            _check_tensors(choice.arch, {info.name: info.shape for info in tensors.infos()})
+        with open_checkpoint(model.model, hf_config) as base, with_adapter(model, base, added=merges) as tensors:
+            packings = base.packings if tensors is base else {}  # codes of the base know nothing of an adapter
+            choice = choose(config, hf_config, provider, model.describe().adapter, packings)
+            _check_tensors(choice.arch, {info.name: info.shape for info in base.infos()})
+            kept = None if merges else keep_adapter(model, ctx.output, choice.form.lora_modules)
             data = DataFile()
-            graph = build_decoder(
-                choice.arch,
-                choice.form,
-                tensors,
-                data,
-                producer=("coldpress", coldpress.__version__),
-                metadata=_provenance(resolved, choice, coldpress.__version__),
-            )
+            graphs = {}
+            for name, form in _graphs(choice.form).items():
+                metadata = _provenance(resolved, replace(choice, form=form), coldpress.__version__)
+                if name == MODEL_FILE and form.prune_head:
+                    metadata["coldpress.evaluation_graph"] = ALL_LOGITS_FILE
+                producer = ("coldpress", coldpress.__version__)
+                graphs[name] = build_decoder(choice.arch, form, tensors, data, producer=producer, metadata=metadata)
             data.write(
                 ctx.output,
                 threads=ctx.hardware.cores,
                 progress=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "B")),
             )
-        ir.save(graph, ctx.output / "model.onnx")
+        for name, graph in graphs.items():
+            ir.save(graph, ctx.output / name)
+        artifact = Artifact(
+            ctx.output, "onnx", ctx.output, adapter=kept, precision=resolved.precision, execution_provider=provider
+        )
+        if choice.form.left_padding:
+            return artifact
         genai = genai_config(
             choice.arch,
             hf_config,
@@ -129,7 +142,15 @@ class ModelBuilder:
         )
         text = json.dumps(genai, indent=4, ensure_ascii=False) + "\n"
         (ctx.output / "genai_config.json").write_text(text, encoding="utf-8")
-        return Artifact(ctx.output, "onnx", ctx.output, precision=resolved.precision, execution_provider=provider)
+        return artifact
+
+
+def _graphs(form: Form) -> dict[str, Form]:
+    """File name and form of every graph over the one data file."""
+    graphs = {MODEL_FILE: form}
+    if form.prune_head:
+        graphs[ALL_LOGITS_FILE] = replace(form, prune_head=False)
+    return graphs
 
 
 def _outputs(form: Form) -> tuple[str, ...]:
@@ -162,9 +183,15 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
             "coldpress.block_size": str(q.block_size),
             "coldpress.symmetric": str(q.symmetric).lower(),
             "coldpress.accuracy_level": str(q.accuracy_level),
-            "coldpress.algorithm": "rtn" if q.candidates == 1 else f"rtn, best of {q.candidates} scales",
+            "coldpress.algorithm": _algorithm(q),
         }
     return metadata
+
+
+def _algorithm(q: Quantization) -> str:
+    if q.taken is not None:
+        return f"{q.taken.method}, as stored"
+    return "rtn" if q.candidates == 1 else f"rtn, best of {q.candidates} scales"
 
 
 def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -186,6 +213,6 @@ def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise CheckpointError(
-            "config.json and the safetensors files of the model contradict each other:\n  " + "\n  ".join(shown),
-            hint="is the download complete, and do config.json and the safetensors files belong to the same model?",
+            "config.json and the weights of the model contradict each other:\n  " + "\n  ".join(shown),
+            hint="is the download complete, and do config.json and the weights belong to the same model?",
         )
