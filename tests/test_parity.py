@@ -206,4 +206,3 @@ def test_one_weight_of_one_layer_damaged_on_disk(model: Path, tmp_path: Path) ->
     weights.write_bytes(data)
     found = prove(Artifact.load(broken), Artifact.load(model), context, tokens=300)
     assert found["kl"] > 10 * MERGE_LIMITS.kl
-

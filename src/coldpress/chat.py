@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any, Protocol
 
+from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_inputs import (
+    ADAPTER_FILE,
+    FORMATS,
+    check_inputs,
+    lora_inputs,
+    read_adapter_file,
+    write_inputs,
+)  # fmt: skip
 from coldpress.artifacts.base import Artifact, read_json
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import CheckpointError, MissingExtraError, UsageError
@@ -39,18 +49,23 @@ class Generator(Protocol):
         ...
 
 
-def open_generator(path: Path, *, trust_remote_code: bool = False) -> Generator:
-    """Load a model for generation; raises CheckpointError or MissingExtraError."""
+def open_generator(path: Path, *, adapter: Path | None = None, trust_remote_code: bool = False) -> Generator:
+    """Load a model for generation; raises CheckpointError or MissingExtraError.
+
+    `adapter` is an .onnx_adapter file for an ONNX model with LoRA inputs; None is the one it was built with, if any.
+    """
     artifact = Artifact.load(path)
     if artifact.kind == "onnx":
-        return _GenAI(artifact)
+        return _GenAI(artifact, adapter)
+    if adapter is not None:
+        raise UsageError(f"{path} is a checkpoint, and {adapter} is for an ONNX model", hint="give an ONNX model")
     return _Torch(artifact, trust_remote_code)
 
 
 class _GenAI:
     """An ONNX model on ONNX Runtime GenAI."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, adapter: Path | None = None) -> None:
         try:
             import onnxruntime_genai as og
         except ModuleNotFoundError as error:
@@ -63,9 +78,35 @@ class _GenAI:
             self._model = og.Model(str(artifact.model))
         except RuntimeError as error:
             raise CheckpointError(f"ONNX Runtime GenAI cannot load {artifact.model}: {error}") from error
+        self._adapters: Any = None
+        if adapter is not None:
+            self._activate(adapter)
+        elif artifact.adapter is not None:
+            self._activate_own(artifact.adapter)
         # The tokenizer of the checkpoint itself: GenAI's own adds no BOS where the checkpoint's does.
         self._tokenizer = Tokenizer.load(artifact.model)
         self._context = int(read_json(artifact.model / "genai_config.json")["model"]["context_length"])
+
+    def _activate(self, file: Path) -> None:
+        from coldpress.graph.lora import inputs_of
+
+        check_inputs(read_adapter_file(file), inputs_of(self._folder), str(self._folder))
+        self._adapters = self._og.Adapters(self._model)
+        self._adapters.load(str(file), "adapter")
+
+    def _activate_own(self, adapter: Path) -> None:
+        """The adapter that the model was built with: from its file, or from the PEFT weights beside the model."""
+        file = self._folder / f"{ADAPTER_FILE}{FORMATS['onnx_adapter']}"
+        if file.is_file():
+            self._activate(file)
+            return
+        from coldpress.graph.lora import inputs_of
+
+        dtype = next((dtype for dtype, _ in inputs_of(self._folder).values()), "float32")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps a mapped file
+            with AdapterWeights.open(adapter) as weights:
+                made = write_inputs(Path(folder) / "adapter", lora_inputs(weights, dtype))
+            self._activate(made)
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         ids = self._tokenizer.backend.encode(prompt).ids
@@ -83,6 +124,8 @@ class _GenAI:
             options["do_sample"] = False
         parameters.set_search_options(**options)
         generator = self._og.Generator(self._model, parameters)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, "adapter")
         generator.append_tokens(ids)
         yield from _pieces(self._tokenizer, self._tokens(generator))
 

@@ -43,7 +43,7 @@ __all__ = ["ParityResult", "compare", "parity_sequences", "prove"]
 SEQUENCE_TOKENS = 256
 """Longest sequence compared; longer ones are cut."""
 BATCH = 16
-COMPARE_BYTES = 64 << 20
+COMPARE_BYTES = 16 << 20
 """Of the distributions compared at a time, about five arrays [positions, vocabulary]."""
 
 

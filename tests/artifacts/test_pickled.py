@@ -148,7 +148,11 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "name"),
-    [(Runs(eval, "1"), r"__builtin__\.eval"), (Runs(getattr, 1, "real"), r"__builtin__\.getattr"), (complex(1, 2), "complex")],
+    [
+        (Runs(eval, "1"), r"__builtin__\.eval"),
+        (Runs(getattr, 1, "real"), r"__builtin__\.getattr"),
+        (complex(1, 2), "complex"),
+    ],
 )
 def test_no_other_name_is_looked_up(value: Any, name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=name):

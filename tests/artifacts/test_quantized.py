@@ -294,7 +294,9 @@ def test_codes_called_symmetric_that_are_not(tmp_path: Path) -> None:
     settings = case.settings() | {"sym": True}
     with (
         open_checkpoint(write(tmp_path, tensors), {"quantization_config": settings}) as source,
-        pytest.raises(CheckpointError, match=r"calls the gptq codes symmetric, but row \d+ of x\.weight has zero point"),
+        pytest.raises(
+            CheckpointError, match=r"calls the gptq codes symmetric, but row \d+ of x\.weight has zero point"
+        ),
     ):
         source.codes("x.weight", 0, N)
 

@@ -62,3 +62,16 @@ class TestModelBuilder(PassContract):
     def case(self, phi3: Path) -> PassCase:
         made = PASSES["ModelBuilder"]()
         return PassCase(made, made.Config(precision="int4"), Artifact.load(phi3))
+
+
+class TestExtractAdapters(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path, tmp_path: Path) -> PassCase:
+        trained = training("LoRA", data, phi3)
+        events: list[Event] = []
+        adapter = trained.made.run(trained.config, trained.model, trained.context(tmp_path / "trained", events))
+        builder = PASSES["ModelBuilder"]()
+        case = PassCase(builder, builder.Config(precision="int4", adapter="inputs"), adapter)
+        built = builder.run(case.config, adapter, case.context(tmp_path / "built", events))
+        made = PASSES["ExtractAdapters"]()
+        return PassCase(made, made.Config(), built)

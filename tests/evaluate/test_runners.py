@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coldpress.artifacts.base import Artifact, BaseQuantization
-from coldpress.errors import CheckpointError, StepError
+from coldpress.errors import CheckpointError, StepError, UnsupportedModelError
 from coldpress.evaluate.runners import LayerwiseRunner, OnnxRunner, TorchRunner, in_batches, open_runner
 
 SEQUENCES = [[256, 1, 2, 3, 4, 5, 6], [256, 7], [256, 8, 9, 10], [256, 11, 12, 13, 14, 15]]
@@ -82,6 +82,18 @@ def test_which_models_run_block_by_block(tiny_phi3: Path, tmp_path: Path, monkey
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "olora"}))
     assert chosen(Artifact(path=adapter, kind="checkpoint", model=tiny_phi3, adapter=adapter)) is TorchRunner
+
+
+def test_a_model_without_blocks_is_loaded_whole_where_it_fits(tiny_phi3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedModelError("no list of decoder blocks")
+
+    monkeypatch.setattr("coldpress.nn.layerwise._find_blocks", refuse)
+    with open_runner(Artifact.load(tiny_phi3), blocks="always") as runner:
+        assert isinstance(runner, TorchRunner)
+    monkeypatch.setattr("coldpress.evaluate.runners.WHOLE_SHARE", 1e-9)
+    with pytest.raises(UnsupportedModelError, match="no list"), open_runner(Artifact.load(tiny_phi3)):
+        pass
 
 
 def make_adapter(folder: Path, base: Path) -> Path:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
 
-from coldpress.artifacts.arch import Linear, Rows
+from coldpress.artifacts.arch import Rows
 from coldpress.artifacts.quantized import Checkpoint, agreed_packing, open_checkpoint
 from coldpress.artifacts.stored import Packing
 from coldpress.errors import CheckpointError
@@ -100,9 +97,7 @@ def run(weight: TakenMatrix, folder: Path, x: np.ndarray) -> np.ndarray:
     value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("rows", K)))
     fed = value
     if weight.packing.order:
-        (order,) = graph.weight(
-            ColumnOrder(weight.tensors, weight.parts[0].tensor, weight.packing.order, K)
-        )
+        (order,) = graph.weight(ColumnOrder(weight.tensors, weight.parts[0].tensor, weight.packing.order, K))
         fed = graph.op("Gather", [value, order], name="gather", axis=-1)
     y = graph.op(
         "MatMulNBits", [fed, *graph.weight(weight)], name="product", domain=MICROSOFT, K=K, N=weight.n,
@@ -154,7 +149,7 @@ def test_one_changed_number_is_found(tensor: str, tmp_path: Path) -> None:
 
 def test_windows_of_a_stored_matrix(tmp_path: Path) -> None:
     """Gate and up of Phi-3, query, key and value of others are rows of one tensor."""
-    source, grids = opened(tmp_path, CASES["awq"])
+    source, _ = opened(tmp_path, CASES["awq"])
     with source:
         all_rows = taken(source, whole()).make(0, 128)
         some = taken(source, (Rows("q.weight", 5, 20), Rows("v.weight", 3, 7)))

@@ -15,7 +15,7 @@ import pytest
 from coldpress.artifacts.tensors import TensorInfo, TensorSet, write_safetensors
 from coldpress.errors import CheckpointError, UnsupportedModelError
 from coldpress.evaluate.runners import LayerwiseRunner, TorchRunner, in_batches
-from fakes.tiny_models import VOCABULARY, make_checkpoint
+from fakes.tiny_models import VOCABULARY
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
@@ -324,7 +324,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def growth(kind: str, folder: Path) -> int:
     """Bytes of anonymous memory that a runner adds to a process that has the libraries."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, kind, str(folder)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE, kind, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 

@@ -83,6 +83,8 @@ TINY: Mapping[str, dict[str, Any]] = {
     "granite": {**_LLAMA, "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
                 "attention_multiplier": 0.1, "logits_scaling": 2.0, "attention_bias": True},
     "starcoder2": {**_LLAMA, "model_type": "starcoder2", "sliding_window": 8, "tie_word_embeddings": True},
+    "stablelm": {**_LLAMA, "model_type": "stablelm", "hidden_size": 128, "use_qkv_bias": True,
+                 "num_key_value_heads": 4},
     "phi-2": {**_LLAMA, "model_type": "phi", "num_key_value_heads": 4, "hidden_size": 128,
               "partial_rotary_factor": 0.5},
     "phi-2-partial-12-of-32": {**_LLAMA, "model_type": "phi", "num_key_value_heads": 4, "hidden_size": 128,

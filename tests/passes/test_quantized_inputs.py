@@ -60,7 +60,7 @@ def distance(folder: Path, model: Any) -> float:
 
 
 def notes(folder: Path, **options: Any) -> str:
-    return "\n".join(plan_with_pass(described(folder), **options).notes)
+    return "\n".join(plan_with_pass(folder, CPU, **options).notes)
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -80,6 +80,7 @@ def test_taken_over_equals_the_dequantized_model(name: str, tmp_path: Path) -> N
     assert product.attributes["bits"].value == case.bits
     assert product.attributes["block_size"].value == (32 if case.group == -1 else case.group)
     assert graph.metadata_props["coldpress.algorithm"] == f"{case.method}, as stored"
+    assert graph.metadata_props["coldpress.taken_over"] == "10 of 10 quantized matrices"
     plain = tiny_model("llama-gqa", tmp_path / "again")
     assert distance(tmp_path / "out", plain) > 3 * TOLERANCE  # the twin: the weights did change
 
@@ -141,7 +142,7 @@ def test_parts_that_differ_are_quantized_again(tmp_path: Path) -> None:
 
 def test_half_precision_scales_on_cuda(tmp_path: Path) -> None:
     stored, _ = quantized(tmp_path, CASES["packed-4"])
-    text = "\n".join(plan_with_pass(described(stored), CUDA, precision="int4").notes)
+    text = "\n".join(plan_with_pass(stored, CUDA, precision="int4").notes)
     assert "scales rounded from bfloat16 to float16" in text
     build_with_pass(stored, tmp_path / "out", CUDA, precision="int4")
     graph = ir.load(tmp_path / "out" / "model.onnx").graph
@@ -151,7 +152,7 @@ def test_half_precision_scales_on_cuda(tmp_path: Path) -> None:
 
 def test_the_plan_knows_the_size(tmp_path: Path) -> None:
     stored, _ = quantized(tmp_path, CASES["awq"])
-    planned = plan_with_pass(described(stored), precision="int4")
+    planned = plan_with_pass(stored, CPU, precision="int4")
     build_with_pass(stored, tmp_path / "out", CPU, precision="int4")
     size = (tmp_path / "out" / "model.onnx.data").stat().st_size
     assert size <= planned.estimate.disk < size + (2 << 20)

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-__all__ = ["ADAPTER_FILE", "FORMATS", "Format", "check_inputs", "copy_adapter", "lora_inputs", "write_inputs"]
+__all__ = [
+    "ADAPTER_FILE",
+    "FORMATS",
+    "Format",
+    "check_inputs",
+    "copy_adapter",
+    "lora_inputs",
+    "read_adapter_file",
+    "write_inputs",
+]
 
 Format = Literal["onnx_adapter", "safetensors", "numpy"]
 FORMATS: Mapping[Format, str] = {"onnx_adapter": ".onnx_adapter", "safetensors": ".safetensors", "numpy": ".npz"}
@@ -91,6 +100,22 @@ def write_inputs(path: Path, inputs: Mapping[str, Array], form: Format = "onnx_a
     return path
 
 
+def read_adapter_file(path: Path) -> dict[str, Array]:
+    """The inputs that an .onnx_adapter file holds; raises CheckpointError."""
+    import onnxruntime
+
+    try:
+        return {
+            name: value.numpy()
+            for name, value in onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters().items()
+        }
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as an ONNX Runtime adapter: {error}",
+            hint="make it with `coldpress convert-adapters`",
+        ) from error
+
+
 def copy_adapter(source: Path, target: Path) -> Path:
     """Copy config and weights of a PEFT folder; returns `target`."""
     target.mkdir()
@@ -122,8 +147,8 @@ def check_inputs(
             want in (None, size) for want, size in zip(shape, array.shape, strict=True)
         )
         if not fits or array.dtype.name != dtype:
-            sizes = ["r" if size is None else size for size in shape]
-            odd.append(f"{name} is {array.dtype.name} {list(array.shape)}, the graph wants {dtype} {sizes}")
+            sizes = ", ".join("r" if size is None else str(size) for size in shape)
+            odd.append(f"{name} is {array.dtype.name} {list(array.shape)}, the graph wants {dtype} [{sizes}]")
     if odd:
         raise CheckpointError(
             f"the adapter does not fit {place}:\n  " + "\n  ".join(odd[:8]) + ("\n  ..." if len(odd) > 8 else ""),

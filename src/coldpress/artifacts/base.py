@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.stored import Packing
-from coldpress.artifacts.tensors import TensorInfo
+from coldpress.artifacts.tensors import TensorFile, TensorInfo
 from coldpress.errors import CheckpointError
 
 __all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "read_json"]
@@ -242,10 +242,15 @@ class Artifact:
             return None
         record = read_json(self.adapter / "adapter_config.json")
         try:
+            targets = record["target_modules"]
+            if isinstance(targets, str):  # a regular expression, or all-linear
+                with TensorFile(self.adapter / "adapter_model.safetensors") as own:
+                    parts = (info.name.partition(".lora_") for info in own.infos())
+                    targets = [module for module, lora, _ in parts if lora]
             return AdapterSpec(
                 r=int(record["r"]),
                 alpha=float(record["lora_alpha"]),
-                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in record["target_modules"]})),
+                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in targets})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(

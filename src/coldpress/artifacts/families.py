@@ -286,6 +286,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
                       "num_key_value_heads": 2, "use_bias": True, "tie_word_embeddings": True},
         ),
         Family(
+            "stablelm",
+            "decoder",
+            norm="layer",
+            qkv_bias="use_qkv_bias",
+            keys={"norm_eps": "layer_norm_eps"},
+            defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "hidden_act": "silu",
+                      "partial_rotary_factor": 0.25},
+            refused={"qk_layernorm": "its norms have a weight for each head",
+                     "use_parallel_residual": "its attention and MLP then share one norm, and the row names two"},
+        ),
+        Family(
             "phi",
             "phi",
             Names(final_norm="model.final_layernorm", o="self_attn.dense", gate_up=("mlp.fc1",), down="mlp.fc2",

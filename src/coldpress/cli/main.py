@@ -26,6 +26,7 @@ _VERBS = {
     "data": ("coldpress.cli.data", "Show prepared samples: text, token ids, which tokens carry loss."),
     "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records (LoRA or QLoRA)."),
     "build": ("coldpress.cli.verbs", "Build an ONNX model for ONNX Runtime GenAI."),
+    "convert-adapters": ("coldpress.cli.adapters", "A PEFT adapter to a file for an ONNX model with LoRA inputs."),
     "generate": ("coldpress.cli.talk", "Let a model continue a prompt."),
     "chat": ("coldpress.cli.talk", "Talk to a model."),
     "cache": ("coldpress.cli.cache", "List, prune or verify finished steps."),
@@ -42,7 +43,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _VERBS:
             return None
-        command: click.Command = getattr(importlib.import_module(_VERBS[name][0]), name)
+        command: click.Command = getattr(importlib.import_module(_VERBS[name][0]), name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

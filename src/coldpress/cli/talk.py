@@ -19,6 +19,11 @@ def _sampling_options(command: Any) -> Any:
                 "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
             ),
             click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True),
+            click.option(
+                "--adapter",
+                type=click.Path(path_type=Path),
+                help="An .onnx_adapter file for an ONNX model with LoRA inputs; default: the one it was built with.",
+            ),
             click.option("--seed", type=int, help="Seed of the sampling."),
             click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),
         )
@@ -34,13 +39,13 @@ def _sampling_options(command: Any) -> Any:
 @_sampling_options
 def generate(
     model: Path, prompt: str, as_chat: bool, max_new_tokens: int, temperature: float, top_p: float,
-    seed: int | None, trust_remote_code: bool,
+    seed: int | None, adapter: Path | None, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Let MODEL (an ONNX Runtime GenAI folder, a checkpoint, or a run's output folder) continue a prompt."""
     from coldpress.chat import Sampling, open_generator
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    generator = open_generator(model, trust_remote_code=trust_remote_code)
+    generator = open_generator(model, adapter=adapter, trust_remote_code=trust_remote_code)
     if as_chat:
         text = generator.render([{"role": "user", "content": text}])
     for piece in generator.stream(text, Sampling(max_new_tokens, temperature, top_p, seed)):
@@ -54,12 +59,12 @@ def generate(
 @_sampling_options
 def chat(
     model: Path, system: str | None, max_new_tokens: int, temperature: float, top_p: float,
-    seed: int | None, trust_remote_code: bool,
+    seed: int | None, adapter: Path | None, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Talk to MODEL; an empty line or Ctrl-D ends it."""
     from coldpress.chat import Sampling, open_generator
 
-    generator = open_generator(model, trust_remote_code=trust_remote_code)
+    generator = open_generator(model, adapter=adapter, trust_remote_code=trust_remote_code)
     messages = [{"role": "system", "content": system}] if system else []
     generator.render([{"role": "user", "content": ""}])  # no chat template: say so before the first question
     while True:

@@ -198,17 +198,17 @@ def _measure_accuracy(document: dict[str, Any], data: str) -> None:
     document["evaluator"] = "accuracy"
 
 
-def _has_adapter(model: Path) -> bool:
-    """Whether a folder is a fine-tuned model that was not merged."""
-    from coldpress.artifacts.base import Artifact
-
-    return model.is_dir() and Artifact.load(model).adapter is not None
-
-
 @click.command()
 @click.argument("model")
 @click.option(
     "-p", "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="int4", show_default=True
+)
+@click.option(
+    "--profile",
+    type=click.Choice(["fast", "balanced", "accurate"]),
+    default="balanced",
+    show_default=True,
+    help="What to trade: `coldpress plan` says what it comes to, docs/profiles.md what it costs.",
 )
 @click.option(
     "--block-size", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale (int4)."
@@ -219,7 +219,8 @@ def _has_adapter(model: Path) -> bool:
 )
 @click.option("--exclude-embeds", is_flag=True, help="Leave the embedding out of the model.")
 @click.option("--exclude-lm-head", is_flag=True, help="Leave the output head out of the model.")
-@click.option("--adapter", help="A PEFT adapter to merge first.")
+@click.option("--prune-lm-head", is_flag=True, help="Logits of the last token only: faster prompts.")
+@click.option("--adapter", help="A PEFT adapter to add to the weights while they are read.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--no-proof", is_flag=True, help="Skip the comparison with the checkpoint.")
 @_common
@@ -235,11 +236,8 @@ def build(model: str, **options: Any) -> None:
         "cpu" if cpu else "gpu",
         provider,
     )
-    passes: dict[str, Any] = {}
     if options["adapter"] is not None:
         document["input_model"]["adapter_path"] = options["adapter"]
-    if options["adapter"] is not None or _has_adapter(Path(model)):
-        passes["merge"] = {"type": "MergeAdapterWeights"}
     chosen: dict[str, Any] = {"type": "ModelBuilder", "precision": options["precision"]}
     if options["block_size"] is not None:
         chosen["int4_block_size"] = int(options["block_size"])
@@ -247,10 +245,12 @@ def build(model: str, **options: Any) -> None:
         chosen["int4_is_symmetric"] = False
     if options["accuracy_level"] is not None:
         chosen["int4_accuracy_level"] = int(options["accuracy_level"])
-    for name in ("exclude_embeds", "exclude_lm_head"):
+    for name in ("exclude_embeds", "exclude_lm_head", "prune_lm_head"):
         if options[name]:
             chosen[name] = True
+    if options["profile"] != "balanced":
+        chosen["profile"] = options["profile"]
     if options["no_proof"]:
         chosen["parity"] = {"enabled": False}
-    document["passes"] = {**passes, "build": chosen}
+    document["passes"] = {"build": chosen}
     _finish(document, options["save_config"], options["trust_remote_code"], options["log_format"])

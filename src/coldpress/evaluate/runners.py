@@ -9,7 +9,6 @@ Transformers' own model. Block by block costs one reading of the weights for as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_inputs import ADAPTER_FILE, FORMATS, lora_inputs
 from coldpress.artifacts.base import Artifact, BaseQuantization, read_json
 from coldpress.artifacts.tensors import TensorSet, TensorSource
-from coldpress.errors import CheckpointError, StepError
+from coldpress.errors import CheckpointError, StepError, UnsupportedModelError
 from coldpress.hardware import detect
 
 if TYPE_CHECKING:
@@ -69,17 +68,22 @@ def open_runner(
 ) -> Iterator[LogitsRunner]:
     """The runner for a model, loaded from its files; raises CheckpointError.
 
-    `blocks` says when a checkpoint runs block by block; `on_block` is then told (blocks done, blocks).
+    `blocks` says when a checkpoint runs block by block; `on_block` is then told (blocks done, blocks). A model that has
+    no blocks to run one by one is loaded whole where it fits.
     """
-    runner: LogitsRunner
+    runner: LogitsRunner | None = None
     if model.kind == "onnx":
         provider = model.execution_provider or "CPUExecutionProvider"
         runner = OnnxRunner(model.model, adapter=model.adapter, execution_provider=provider)
     elif _runs_in_blocks(model) and (blocks == "always" or _too_large(model)):
-        runner = LayerwiseRunner(
-            model.model, adapter=model.adapter, trust_remote_code=trust_remote_code, on_block=on_block
-        )
-    else:
+        try:
+            runner = LayerwiseRunner(
+                model.model, adapter=model.adapter, trust_remote_code=trust_remote_code, on_block=on_block
+            )
+        except UnsupportedModelError:
+            if _too_large(model):
+                raise
+    if runner is None:
         runner = TorchRunner(
             model.model,
             adapter=model.adapter,
@@ -95,11 +99,9 @@ def open_runner(
 def _runs_in_blocks(model: Artifact) -> bool:
     """Not where another library makes weights of the base while it is loaded whole.
 
-    bitsandbytes does for a QLoRA adapter, other libraries for checkpoints of theirs, and PEFT for an adapter that
-    begins with a decomposition of the base (PiSSA, OLoRA, LoftQ ...) or that brings weights of the base along.
+    bitsandbytes does for a QLoRA adapter, and PEFT for an adapter that begins with a decomposition of the base (PiSSA,
+    OLoRA, LoftQ ...) or that brings weights of the base along.
     """
-    if "quantization_config" in read_json(model.model / "config.json") or model.base_quantization is not None:
-        return False
     if model.adapter is None:
         return True
     config = read_json(model.adapter / "adapter_config.json")
@@ -107,13 +109,11 @@ def _runs_in_blocks(model: Artifact) -> bool:
     with TensorSet.open(model.adapter / "adapter_model.safetensors") as tensors:
         names = [info.name for info in tensors.infos() if "lora_" not in info.name]
     plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian")
-    return plain_start and all(name.endswith(whole) for name in names)
+    return model.base_quantization is None and plain_start and all(name.endswith(whole) for name in names)
 
 
 def _too_large(model: Artifact) -> bool:
-    with TensorSet.open(model.model) as tensors:
-        parameters = sum(math.prod(info.shape) for info in tensors.infos())
-    return 4 * parameters > WHOLE_SHARE * detect().available
+    return 4 * model.describe().parameters > WHOLE_SHARE * detect().available
 
 
 def in_batches(
@@ -314,7 +314,7 @@ class OnnxRunner:
         folder = self._graph.parent.resolve()
         path = (folder / name).resolve()
         if not path.is_relative_to(folder):
-            raise CheckpointError(f"{self._graph} names {name!r} as {EVALUATION_GRAPH}, which is outside its own folder")
+            raise CheckpointError(f"{self._graph} names {name!r} as {EVALUATION_GRAPH}, outside its own folder")
         if not path.is_file():
             raise CheckpointError(
                 f"{self._graph} yields logits of the last position only and names {name!r} for all of them, "

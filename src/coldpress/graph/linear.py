@@ -94,14 +94,14 @@ class LinearWriter:
         if not packing.order:
             return x
         if packing.order not in self._orders:
-            order = ColumnOrder(cast(CodedSource, self.tensors), linear.parts[0].tensor, packing.order, linear.k)
+            order = ColumnOrder(cast("CodedSource", self.tensors), linear.parts[0].tensor, packing.order, linear.k)
             (self._orders[packing.order],) = self.graph.weight(order)
         gather = name.removesuffix("MatMul") + "Gather"
         return self.graph.op("Gather", [x, self._orders[packing.order]], name=gather, axis=-1)
 
     def _quantized(self, name: str, linear: Linear, q: Quantization) -> Weight:
         if q.taken is not None:
-            source = cast(CodedSource, self.tensors)
+            source = cast("CodedSource", self.tensors)
             return TakenMatrix(_tensor_name(name), source, linear.parts, linear.k, q.taken, self.io)
         candidates = q.candidates if q.bits == 4 else 1  # at 8 bits a search gains next to nothing
         return QuantizedMatrix(

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-import google.protobuf.message
+import google.protobuf.message  # type: ignore[import-untyped]
 import numpy as np
 import onnx_ir as ir
 
 from coldpress.artifacts.arch import Linear
+from coldpress.artifacts.base import read_json
 from coldpress.artifacts.tensors import TensorSource
 from coldpress.errors import CheckpointError
 from coldpress.graph.ops import GraphWriter
@@ -76,8 +77,10 @@ class LoraInputs:
         return value
 
 
-def inputs_of(graph_file: Path) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-    """The LoRA inputs of a graph: dtype and shape by name, None for any size. Raises CheckpointError."""
+def inputs_of(folder: Path) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """The LoRA inputs of a GenAI folder's graph: dtype and shape by name, None for any size. Raises CheckpointError."""
+    genai = read_json(folder / "genai_config.json").get("model", {})
+    graph_file = folder / str(genai.get("decoder", {}).get("filename", "model.onnx"))
     try:
         graph = ir.load(graph_file).graph
     except (OSError, ValueError, google.protobuf.message.DecodeError) as error:

@@ -8,9 +8,9 @@
     visit i      embed -> masks, rope -> block 0 .. i-2: NaN -> block i-1: its kept output -> block i: runs; stop
     last visit   ...                                     -> block n-1: its kept output -> norm -> head -> logits
 
-What stands between the blocks (masks, rotary tables, multipliers, softcaps) is the model's own code, run in every visit,
-so no family is re-implemented. A model in which a block reads more than the block before it gets NaN there and is
-refused. Names and fused weights (experts) are converted by Transformers' loader, a block at a time.
+What stands between the blocks (masks, rotary tables, multipliers, softcaps) is the model's own code, run in every
+visit, so no family is re-implemented. A model in which a block reads more than the block before it gets NaN there and
+is refused. Names and fused weights (experts) are converted by Transformers' loader, a block at a time.
 
 The embedding is read by rows, the head by slices of its rows. Peak memory: the float32 weights of the largest block
 (about three times that where the loader fuses experts), the hidden states [tokens, hidden] of the batches in hand,
@@ -28,7 +28,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldpress.artifacts.tensors import TensorInfo, TensorSet, TensorSource
+from coldpress.artifacts.base import read_json
+from coldpress.artifacts.quantized import open_checkpoint
+from coldpress.artifacts.tensors import TensorInfo, TensorSource
 from coldpress.errors import CheckpointError, UnsupportedModelError
 from coldpress.nn.loading import load_adapter, load_outline
 
@@ -57,7 +59,7 @@ class LayerwiseModel:
 
         Raises CheckpointError as `load_model` does, UnsupportedModelError for a model without a list of blocks.
         """
-        self._opened = TensorSet.open(folder) if tensors is None else None
+        self._opened = open_checkpoint(folder, read_json(folder / "config.json")) if tensors is None else None
         source: TensorSource = self._opened if tensors is None else tensors  # type: ignore[assignment]
         self._visit: tuple[int, Any] = (0, None)
         self._tuples: dict[int, int] = {}
@@ -112,6 +114,7 @@ class LayerwiseModel:
     def close(self) -> None:
         """Let go of weights and files."""
         self._model = None
+        self._embedding.drop()
         if self._opened is not None:
             self._opened.close()
 
@@ -280,10 +283,12 @@ class _RowsOfEmbedding:
     """Makes an embedding look rows up in a table of the tokens in hand alone."""
 
     def __init__(self, embedding: Any, weights: _Weights) -> None:
+        import torch
+
         self._embedding, self._source = embedding, weights.source
         self._rows, self._width = embedding.weight.shape
         self._name = weights.take_over(embedding.weight)
-        self._row_of: Any = None
+        self._row_of = torch.empty(0, dtype=torch.int64)
         embedding.padding_idx = None  # matters to gradients alone, and lies outside a small table
         inner = embedding.forward
         embedding.forward = lambda ids: inner(self._row_of[ids])
@@ -298,6 +303,10 @@ class _RowsOfEmbedding:
         for row, token in enumerate(tokens.tolist()):
             table[row] = _tensor(self._source.read(self._name, token, token + 1))[0]
         self._embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+
+    def drop(self) -> None:
+        """Let go of the table; the module itself is in a cycle of references, which is collected some time later."""
+        self._embedding.weight = None
 
 
 def _slice_head(head: Any, weights: _Weights) -> None:

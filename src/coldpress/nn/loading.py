@@ -51,7 +51,8 @@ def load_model(
             model = load_outline(folder, _read_all(tensors), trust_remote_code=trust_remote_code)
             if attn_implementation is not None:
                 model.set_attn_implementation(attn_implementation)
-            return model if dtype in ("auto", "float32") else {"float16": model.half, "bfloat16": model.bfloat16}[dtype]()
+            half = {"float16": model.half, "bfloat16": model.bfloat16}.get(dtype)
+            return model if half is None else half()
     if quantization is not None:
         imports.load_bitsandbytes()
     else:

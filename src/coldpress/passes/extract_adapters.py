@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from coldpress.artifacts.adapter import AdapterWeights
-from coldpress.artifacts.adapter_inputs import ADAPTER_FILE, Format, check_inputs, copy_adapter, lora_inputs, write_inputs
-from coldpress.artifacts.base import Artifact, Spec, read_json
+from coldpress.artifacts.adapter_inputs import (
+    ADAPTER_FILE,
+    Format,
+    check_inputs,
+    copy_adapter,
+    lora_inputs,
+    write_inputs,
+)
+from coldpress.artifacts.base import Artifact, Spec
 from coldpress.config.schema import Frozen
 from coldpress.errors import PlanError
 from coldpress.events import Message
@@ -21,6 +28,8 @@ from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planne
 
 __all__ = ["ExtractAdapters", "ExtractAdaptersConfig"]
 
+STEP_FILES = ("artifact.json", "record.json")
+"""Of the step that made the model, not of the model."""
 LINK_BYTES = 1 << 20
 """Larger files are linked, not copied: they are weights, which nobody edits."""
 
@@ -76,15 +85,13 @@ class ExtractAdapters:
 
         if model.adapter is None:
             raise PlanError("the model has no LoRA inputs")
-        genai = read_json(model.model / "genai_config.json")
-        graph = model.model / str(genai.get("model", {}).get("decoder", {}).get("filename", "model.onnx"))
-        wanted = inputs_of(graph)
+        wanted = inputs_of(model.model)
         with AdapterWeights.open(model.adapter) as adapter:
             dtype = next((dtype for dtype, _ in wanted.values()), "float32")
             inputs = lora_inputs(adapter, dtype)
-        check_inputs(inputs, wanted, str(graph))
+        check_inputs(inputs, wanted, str(model.model))
         for source in sorted(model.model.iterdir()):
-            if source.is_file() and source.name != "artifact.json":
+            if source.is_file() and source.name not in STEP_FILES:
                 _link_or_copy(source, ctx.output / source.name)
         copy_adapter(model.adapter, ctx.output / "adapter")
         file = write_inputs(ctx.output / ADAPTER_FILE, inputs, config.save_format)

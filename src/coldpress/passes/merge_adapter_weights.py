@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from coldpress.artifacts.adapter import AdapterWeights, MergedTensors
 from coldpress.artifacts.adapter_inputs import copy_adapter, lora_inputs
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, read_json
-from coldpress.artifacts.tensors import TensorInfo, TensorSet, TensorSource, numpy_dtype, write_safetensors
+from coldpress.artifacts.quantized import open_checkpoint
+from coldpress.artifacts.tensors import TensorInfo, TensorSource, numpy_dtype, write_safetensors
 from coldpress.config.schema import Frozen
 from coldpress.data.tokenizer import copy_tokenizer
 from coldpress.errors import CheckpointError, PlanError
@@ -100,7 +101,7 @@ class MergeAdapterWeights:
             raise PlanError("the model has no adapter to merge")
         spec = model.describe()
         original = config.base == "original"
-        with TensorSet.open(model.model) as base, AdapterWeights.open(model.adapter) as adapter:
+        with open_checkpoint(model.model, spec.config) as base, AdapterWeights.open(model.adapter) as adapter:
             merge = _Merge(base, open_merged(model, base, adapter, original=original), ctx)
             write_safetensors(ctx.output / "model.safetensors", merge.tensors(), {"format": "pt"})
         quantization = None if original else model.base_quantization
@@ -162,7 +163,7 @@ def keep_adapter(model: Artifact, output: Path, modules: Collection[str]) -> Pat
 class _Merge:
     """The tensors of the merged model, each made when it is written."""
 
-    base: TensorSet
+    base: TensorSource
     merged: MergedTensors
     ctx: Context
     changed: list[str] = field(default_factory=list)

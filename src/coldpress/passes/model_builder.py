@@ -185,6 +185,9 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
             "coldpress.accuracy_level": str(q.accuracy_level),
             "coldpress.algorithm": _algorithm(q),
         }
+    taken = sum(q.taken is not None for q in form.nodes.values())
+    if taken:
+        metadata["coldpress.taken_over"] = f"{taken} of {len(form.nodes)} quantized matrices"
     return metadata
 
 
