@@ -39,12 +39,7 @@ from coldpress.hardware import detect
 OURS: Mapping[str, Mapping[str, Any]] = {
     "coldpress": {},
     "coldpress fast": {"profile": "fast"},
-    "coldpress b128": {"int4_block_size": 128},
-    "coldpress b128 shared pruned fused": {
-        "int4_block_size": 128,
-        "int4_op_types_to_quantize": ["MatMul", "Gather"],
-        "extra_options": {"prune_lm_head": True, "fuse_mlp_gate_up": True},
-    },
+    "coldpress accurate": {"profile": "accurate"},
 }
 SHIPPED, ALL_CORES = "genai, as shipped", "genai, all cores"
 LLAMA_CPP = {"llama.cpp Q4_0": "q4_0", "llama.cpp Q4_K_M": "q4_k_m"}

@@ -140,6 +140,20 @@ def test_zero_points_of_compressed_tensors_that_are_not_packed(tmp_path: Path) -
         np.testing.assert_allclose(source.read("x.weight"), grid.values(), rtol=1e-7)
 
 
+def test_an_order_of_columns_in_compressed_tensors(tmp_path: Path) -> None:
+    case = Case("compressed-tensors", form="pack-quantized", symmetric=False, act_order=True)
+    tensors, grid = store(case, "x", WEIGHTS, order(case))
+    tensors["x.weight_g_idx"] = grid.group_of.astype(np.int32)
+    with open_checkpoint(write(tmp_path, tensors), {"quantization_config": case.settings()}) as source:
+        np.testing.assert_allclose(source.read("x.weight"), grid.values(), rtol=1e-7)
+        packing = source.packings["x.weight"]
+        assert isinstance(packing, Packing)
+        assert packing.order
+        found = source.order("x.weight")
+        assert found is not None
+        assert list(grid.group_of[found]) == sorted(grid.group_of)
+
+
 def test_rows_of_compressed_tensors_that_end_inside_a_word(tmp_path: Path) -> None:
     case = Case("compressed-tensors", group=-1, form="pack-quantized")
     tensors, grid = store(case, "x", WEIGHTS[:, :37])

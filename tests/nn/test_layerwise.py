@@ -16,6 +16,7 @@ from coldpress.artifacts.tensors import TensorInfo, TensorSet, write_safetensors
 from coldpress.errors import CheckpointError, UnsupportedModelError
 from coldpress.evaluate.runners import LayerwiseRunner, TorchRunner, in_batches
 from fakes.tiny_models import VOCABULARY
+from oracles.stored import CASES, quantize_folder
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
@@ -158,6 +159,15 @@ def test_weights_from_another_source(tiny_phi3: Path, tmp_path: Path) -> None:
         runner = LayerwiseRunner(marked, tensors=tensors)
         assert difference(runner, TorchRunner(other), VOCABULARY) < 1e-4
         assert difference(runner, TorchRunner(tiny_phi3), VOCABULARY) > 0.01
+
+
+@pytest.mark.parametrize("case", ["gptq-4-order", "nf4-nested", "fp8-blocks"])
+def test_a_quantized_checkpoint(case: str, tmp_path: Path) -> None:
+    make_family("llama", tmp_path / "plain")
+    quantize_folder(tmp_path / "plain", tmp_path / "stored", CASES[case])
+    runner = LayerwiseRunner(tmp_path / "stored")
+    assert difference(runner, TorchRunner(tmp_path / "stored"), 80) < 1e-4
+    assert difference(runner, TorchRunner(tmp_path / "plain"), 80) > 0.01, "the codes are not the weights"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -12,10 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_inputs import lora_inputs
 from coldpress.artifacts.base import Artifact, Spec
 from coldpress.errors import CheckpointError
 from coldpress.evaluate.runners import open_runner
+from coldpress.hardware import detect
 from coldpress.kernels.quantize import dequantize, quantize
+from coldpress.passes.base import Context, PlanContext
+from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 from oracles.decoders import Stepper, steps_of_transformers, tiny_model
 from oracles.passes import CPU, CUDA, build_with_pass, plan_with_pass
 from oracles.stored import CASES, Case, quantize_folder
@@ -167,11 +173,14 @@ def test_spec_is_logical(tmp_path: Path) -> None:
     assert found.linear_layers() == plain.linear_layers()
 
 
+@pytest.mark.parametrize("blocks", ["always", "if too large"])
 @pytest.mark.parametrize("name", ["gptq-4-order", "awq", "packed-4-asymmetric", "int8-row", "fp8-blocks", "nf4-nested"])
-def test_the_reference_of_parity_needs_no_other_library(name: str, tmp_path: Path) -> None:
+def test_the_reference_of_parity_needs_no_other_library(
+    name: str, blocks: Literal["always", "if too large"], tmp_path: Path
+) -> None:
     stored, reference = quantized(tmp_path, CASES[name])
     ids = [3, 4, 5, 6, 7, 40, 41]
-    with open_runner(Artifact.load(stored)) as runner, torch.no_grad():
+    with open_runner(Artifact.load(stored), blocks=blocks) as runner, torch.no_grad():
         (found,) = runner.logits([ids])
         expected = reference(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -187,6 +196,70 @@ def test_a_pickled_checkpoint(tmp_path: Path) -> None:
     with open_runner(Artifact.load(tmp_path / "hf")) as runner, torch.no_grad():
         (found,) = runner.logits([[3, 4, 5]])
         np.testing.assert_allclose(found, reference(torch.tensor([[3, 4, 5]])).logits[0].numpy(), atol=1e-4)
+
+
+def with_adapter(stored: Path, folder: Path) -> tuple[Artifact, dict[str, np.ndarray]]:
+    """A LoRA adapter on q and down, and what it adds to the weights."""
+    rng = np.random.default_rng(3)
+    tensors, added = {}, {}
+    for layer in (0, 1):
+        for module, n, k in (("self_attn.q_proj", 64, 64), ("mlp.down_proj", 64, 96)):
+            name = f"model.layers.{layer}.{module}"
+            a, b = rng.normal(0, 0.2, (4, k)).astype(np.float32), rng.normal(0, 0.2, (n, 4)).astype(np.float32)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.from_numpy(a)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.from_numpy(b)
+            added[f"{name}.weight"] = 2.0 * b.astype(np.float64) @ a.astype(np.float64)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    record = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**record, "base_model_name_or_path": str(stored)}))
+    return Artifact(folder, "checkpoint", stored, adapter=folder), added
+
+
+def run_pass(model: Artifact, output: Path, **options: Any) -> str:
+    """Build from an artifact; returns the plan's notes."""
+    config = ModelBuilderConfig(**options)
+    planned = ModelBuilder().plan(config, model.describe(), PlanContext(detect(), CPU, {}, {}))
+    output.mkdir()
+    ModelBuilder().run(config, model, Context("build", output, output, detect(), CPU, {}, lambda event: None))
+    return "\n".join(planned.notes)
+
+
+def test_an_adapter_is_merged_into_the_dequantized_weights(tmp_path: Path) -> None:
+    stored, reference = quantized(tmp_path, CASES["gptq-4"])
+    model, added = with_adapter(stored, tmp_path / "adapter")
+    parameters = dict(reference.named_parameters())
+    set_weights(reference, {name: parameters[name].detach().numpy() + delta for name, delta in added.items()})
+    run_pass(model, tmp_path / "fp32", precision="fp32")
+    assert distance(tmp_path / "fp32", reference) < TOLERANCE
+    text = run_pass(model, tmp_path / "int4", precision="int4", **ONLY_LAYERS)
+    assert "taken over" not in text
+    assert "again: 10 matrices, as an adapter is added to them" in text
+    graph = ir.load(tmp_path / "int4" / "model.onnx")
+    assert "coldpress.taken_over" not in graph.metadata_props
+
+
+def test_adapters_as_inputs_of_codes_taken_over(tmp_path: Path) -> None:
+    """Also where the codes want their inputs in another order: the adapter reads them in their own."""
+    stored, reference = quantized(tmp_path, CASES["gptq-4-order"])
+    model, added = with_adapter(stored, tmp_path / "adapter")
+    text = run_pass(model, tmp_path / "out", precision="int4", adapter="inputs", **ONLY_LAYERS)
+    assert "taken over bit for bit: 10 matrices" in text
+    assert distance(tmp_path / "out", reference) < TOLERANCE  # without an adapter it is the base
+    parameters = dict(reference.named_parameters())
+    set_weights(reference, {name: parameters[name].detach().numpy() + delta for name, delta in added.items()})
+    assert distance(tmp_path / "out", reference) > 3 * TOLERANCE
+    with AdapterWeights.open(tmp_path / "adapter") as weights:
+        given = lora_inputs(weights)
+    ids = np.arange(3, 15, dtype=np.int64)[None]
+    step = Stepper(tmp_path / "out")
+    run = step.session.run
+    step.session = SimpleNamespace(
+        get_inputs=step.session.get_inputs,
+        get_outputs=step.session.get_outputs,
+        run=lambda names, feed: run(names, {**feed, **given}),
+    )
+    np.testing.assert_allclose(step(ids), steps_of_transformers(reference, ids, 12), rtol=0, atol=TOLERANCE)
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from coldpress.errors import CheckpointError, PlanError
 __all__ = ["Places", "ResolvedModel", "model_files", "spec_of_unknown"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_WEIGHTS_AND_CONFIGS = frozenset((".json", ".safetensors", ".model", ".jinja", ".py", ".onnx", ".data", ".txt"))
+_WEIGHTS_AND_CONFIGS = frozenset((".json", ".safetensors", ".bin", ".model", ".jinja", ".py", ".onnx", ".data", ".txt"))
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,6 @@ class LayerwiseRunner:
         self._on_block = on_block
         config = read_json(folder / "config.json")
         self.vocab_size = int(config["vocab_size"])
-        self._hidden_size = int(config.get("hidden_size", 1))
         limit = config.get("max_position_embeddings")
         self.context_length = None if limit is None else int(limit)
 
@@ -214,7 +213,7 @@ class LayerwiseRunner:
         while waiting:
             held, taken = 0, 0
             while taken < len(waiting):
-                held += 4 * self._hidden_size * len(waiting[taken]) * max(map(len, waiting[taken]))
+                held += 4 * self._model.hidden_size * len(waiting[taken]) * max(map(len, waiting[taken]))
                 if taken and held > STATES_BYTES:
                     break
                 taken += 1

@@ -29,7 +29,20 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK_SIZES", "NonFiniteWeightError", "Quantized", "dequantize", "quantize", "unpack"]
+__all__ = [
+    "BLOCK_SIZES",
+    "COMPILING",
+    "FAST_MATH",
+    "NonFiniteWeightError",
+    "Quantized",
+    "bit_patterns",
+    "dequantize",
+    "encode_block",
+    "load_block",
+    "lowest_highest",
+    "quantize",
+    "unpack",
+]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -51,18 +64,19 @@ class Quantized:
 
     codes: Bytes
     scales: Floats
-    zeros: Bytes | None
+    zeros: Bytes | Floats | None
+    """Floats [n, b], not packed, are those of `kernels.hqq`."""
 
 
-_FLAGS = {"nnan", "nsz", "reassoc", "contract"}
+FAST_MATH = {"nnan", "nsz", "reassoc", "contract"}
 """Sums may be reordered and fused. Blocks with NaN or infinity are sorted out on their bits before any arithmetic."""
 
 
-_COMPILING = threading.Lock()
+COMPILING = threading.Lock()
 """Two threads that need the same machine code must not both make it."""
 
 
-def _load(bits_in: Any, row: int, start: int, width: int, shift: Any, words: Any) -> Any:
+def load_block(bits_in: Any, row: int, start: int, width: int, shift: Any, words: Any) -> Any:
     """One block as float32 bit patterns into `words`; returns magnitude (31 bits) and sign (lowest bit) of its peak."""
     peak = np.uint32(0)
     for i in range(width):
@@ -74,14 +88,14 @@ def _load(bits_in: Any, row: int, start: int, width: int, shift: Any, words: Any
     return peak
 
 
-def _lowest_highest(x: Any) -> Any:
+def lowest_highest(x: Any) -> Any:
     low, high = np.float32(0), np.float32(0)
     for i in range(x.size):
         low, high = min(low, x[i]), max(high, x[i])
     return low, high
 
 
-def _encode(x: Any, inverse: Any, zero: Any, top: Any, codes: Any) -> None:
+def encode_block(x: Any, inverse: Any, zero: Any, top: Any, codes: Any) -> None:
     offset = zero + np.float32(0.5)
     for i in range(x.size):
         codes[i] = np.uint8(np.int32(max(min(x[i] * inverse + offset, top), np.float32(0))))
@@ -100,8 +114,8 @@ def _fit(x: Any, inverse: Any, zero: Any, top: Any) -> Any:
     return cross / square, cross * cross / square
 
 
-_load, _lowest_highest, _encode, _fit = (
-    numba.njit(inline="always")(helper) for helper in (_load, _lowest_highest, _encode, _fit)
+load_block, lowest_highest, encode_block, _fit = (
+    numba.njit(inline="always")(helper) for helper in (load_block, lowest_highest, encode_block, _fit)
 )
 
 
@@ -120,7 +134,7 @@ def _make_rows(symmetric: bool) -> Callable[..., int]:
         for row in range(n):
             for block in range(blocks):
                 start = block * size
-                peak = _load(bits_in, row, start, min(size, k - start), shift, words)
+                peak = load_block(bits_in, row, start, min(size, k - start), shift, words)
                 if peak >= np.uint32(0xFF000000):  # exponent all ones: NaN or infinity
                     return row
                 low = np.float32(0)
@@ -130,7 +144,7 @@ def _make_rows(symmetric: bool) -> Callable[..., int]:
                     span = span if peak & np.uint32(1) else -span
                     steps, zero = half, half
                 else:
-                    low, high = _lowest_highest(x)
+                    low, high = lowest_highest(x)
                     span, steps = high - low, levels
                 if abs(span) < np.float32(1e-30):  # 1/scale would overflow; such a block runs as zeros
                     span = np.float32(0)
@@ -149,7 +163,7 @@ def _make_rows(symmetric: bool) -> Callable[..., int]:
                         fitted, gain = _fit(x, trial, trial_zero, top)
                         if gain > best:
                             best, inverse, zero, scale = gain, trial, trial_zero, fitted
-                _encode(x, inverse, zero, top, codes)
+                encode_block(x, inverse, zero, top, codes)
                 scales[row, block] = scale
                 if bits == 4:
                     for i in range(size // 2):
@@ -179,7 +193,7 @@ def _compiled(dtype: str, symmetric: bool) -> Callable[..., int]:
     signature = t.int64(
         words, t.uint32, t.int64, t.int64, t.int64, t.uint8[:, :, ::1], t.float32[:, ::1], t.uint8[:, ::1]
     )
-    options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH}
     try:
         return numba.njit(signature, cache=True, **options)(_make_rows(symmetric))  # type: ignore[no-any-return]
     except RuntimeError:  # no folder that Numba may write to: compile each time
@@ -200,11 +214,11 @@ def quantize(
         raise ValueError(f"block size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
     n, k = weights.shape
     blocks = -(-k // block_size)
-    patterns, shift = _bit_patterns(weights)
+    patterns, shift = bit_patterns(weights)
     codes = np.empty((n, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     zeros = np.zeros((n, 0 if symmetric else -(-blocks * bits // 8)), np.uint8)
-    with _COMPILING:
+    with COMPILING:
         run = _compiled(patterns.dtype.name, symmetric)
     bad = run(patterns, shift, k, bits, candidates, codes, scales, zeros)
     if bad >= 0:
@@ -212,7 +226,7 @@ def quantize(
     return Quantized(codes, scales, None if symmetric else zeros)
 
 
-def _bit_patterns(weights: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], np.uint32]:
+def bit_patterns(weights: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], np.uint32]:
     """Words, and by how many bits each must be shifted up to be a float32."""
     if weights.dtype.name == "bfloat16" or weights.dtype == np.uint16:
         return np.ascontiguousarray(weights).view(np.uint16), np.uint32(16)
@@ -233,8 +247,10 @@ def dequantize(quantized: Quantized, *, bits: int, k: int) -> Floats:
     codes = unpack(quantized.codes, bits).astype(np.float32)
     if quantized.zeros is None:
         zeros: npt.NDArray[Any] = np.full((n, blocks), 1 << (bits - 1), np.float32)
+    elif quantized.zeros.dtype == np.float32:
+        zeros = quantized.zeros
     else:
-        zeros = unpack(quantized.zeros, bits)[:, :blocks].astype(np.float32)
+        zeros = unpack(quantized.zeros, bits)[:, :blocks].astype(np.float32)  # type: ignore[arg-type]
     weights = (codes - zeros[:, :, None]) * quantized.scales[:, :, None]
     result: Floats = weights.reshape(n, -1)[:, :k]
     return result

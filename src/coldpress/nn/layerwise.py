@@ -89,6 +89,10 @@ class LayerwiseModel:
     def blocks(self) -> int:
         return len(self._block_names)
 
+    @property
+    def hidden_size(self) -> int:
+        return self._embedding.width
+
     def through_blocks(
         self, batches: Sequence[torch.Tensor], on_block: Callable[[int, int], None] | None = None
     ) -> list[torch.Tensor]:
@@ -286,7 +290,8 @@ class _RowsOfEmbedding:
         import torch
 
         self._embedding, self._source = embedding, weights.source
-        self._rows, self._width = embedding.weight.shape
+        self._rows: int = embedding.weight.shape[0]
+        self.width: int = embedding.weight.shape[1]
         self._name = weights.take_over(embedding.weight)
         self._row_of = torch.empty(0, dtype=torch.int64)
         embedding.padding_idx = None  # matters to gradients alone, and lies outside a small table
@@ -299,7 +304,7 @@ class _RowsOfEmbedding:
         tokens = torch.unique(torch.cat([ids.flatten() for ids in batches]))
         self._row_of = torch.zeros(self._rows, dtype=torch.int64)
         self._row_of[tokens] = torch.arange(len(tokens))
-        table = torch.empty(len(tokens), self._width)
+        table = torch.empty(len(tokens), self.width)
         for row, token in enumerate(tokens.tolist()):
             table[row] = _tensor(self._source.read(self._name, token, token + 1))[0]
         self._embedding.weight = torch.nn.Parameter(table, requires_grad=False)

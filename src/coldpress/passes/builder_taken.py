@@ -11,7 +11,7 @@ from coldpress.artifacts.quantized import agreed_packing
 from coldpress.artifacts.stored import Packing
 from coldpress.graph.form import HEAD, FloatType, Form, Quantization, products
 
-__all__ = ["take_over"]
+__all__ = ["none_taken", "take_over"]
 
 
 def take_over(
@@ -49,6 +49,11 @@ def take_over(
     if plain:
         notes.append(f"dequantized: {plain} matrices")
     return replace(form, nodes=nodes), tuple(notes)
+
+
+def none_taken(packings: Mapping[str, Packing | str]) -> dict[str, Packing | str]:
+    """For weights that are no longer those of the codes."""
+    return dict.fromkeys(packings, "an adapter is added to them, or was trained on other ones")
 
 
 def _against(packing: Packing, bits: int, block_size: int | None, symmetric: bool | None) -> str | None:

@@ -18,6 +18,7 @@ from coldpress.events import Progress
 from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 from coldpress.passes.builder_choice import Choice, ModelBuilderConfig, choose, main_quantization, resolve
+from coldpress.passes.builder_taken import none_taken
 from coldpress.passes.merge_adapter_weights import keep_adapter, with_adapter
 
 __all__ = ["ModelBuilder", "ModelBuilderConfig"]
@@ -43,7 +44,7 @@ class ModelBuilder:
     """Build the ONNX model."""
 
     Config: ClassVar[type[ModelBuilderConfig]] = ModelBuilderConfig
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("onnx-ir", "numba", "numpy")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.graph.decoder", "coldpress.kernels.quantize")
     needs_torch: ClassVar[bool] = False
@@ -66,8 +67,8 @@ class ModelBuilder:
         if spec.unknown is not None:
             resolve(config)  # what can be checked without the model
             return Planned(built, Estimate(), (f"graph and size are unknown: {spec.unknown}",))
-        merges = spec.adapter is not None and config.adapter == "merge"
-        packings = {} if merges else spec.packings  # codes of the base know nothing of an adapter
+        as_stored = spec.adapter is None or (config.adapter == "inputs" and spec.base_quantization is None)
+        packings = spec.packings if as_stored else none_taken(spec.packings)
         choice = choose(config, spec.config, provider, spec.adapter, packings)
         _check_tensors(choice.arch, {tensor.name: tensor.shape for tensor in spec.tensors})
         size = data_bytes(choice.arch, choice.form)
@@ -106,7 +107,7 @@ class ModelBuilder:
         merges = config.adapter == "merge"
         copy_tokenizer(model.tokenizer_path, model.model, ctx.output)
         with open_checkpoint(model.model, hf_config) as base, with_adapter(model, base, added=merges) as tensors:
-            packings = base.packings if tensors is base else {}  # codes of the base know nothing of an adapter
+            packings = base.packings if tensors is base else none_taken(base.packings)
             choice = choose(config, hf_config, provider, model.describe().adapter, packings)
             _check_tensors(choice.arch, {info.name: info.shape for info in base.infos()})
             kept = None if merges else keep_adapter(model, ctx.output, choice.form.lora_modules)
