@@ -76,17 +76,22 @@ def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: 
 
 
 def _download(hub_id: str, revision: str | None) -> None:
-    """Fetch a checkpoint from the hub into its cache: configs, safetensors, tokenizer."""
+    """Fetch a checkpoint from the hub into its cache: configs, tokenizer, safetensors, or .bin where there are none."""
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import list_repo_files, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ModuleNotFoundError as error:
         raise PlanError(
             f"{hub_id} is on the hub, and huggingface_hub is not installed", hint="pip install 'coldpress[cpu]'"
         ) from error
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt", "*.py"]
+    try:
+        safe = any(name.endswith(".safetensors") for name in list_repo_files(hub_id, revision=revision))
+    except (HfHubHTTPError, OSError):
+        safe = True  # without a network the snapshot is whatever was fetched before
     try:
         snapshot_download(
-            hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+            hub_id, revision=revision, allow_patterns=[*patterns, "*.safetensors" if safe else "pytorch_model*.bin"]
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PlanError(
