@@ -73,6 +73,8 @@ class ParityMeasured:
     tokens: int
     passed: bool
     limit: str
+    reference: str = "whole"
+    """How the reference was computed: layer by layer, or whole."""
 
 
 @dataclass(frozen=True)

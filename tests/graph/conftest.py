@@ -14,7 +14,7 @@ import pytest
 from coldpress.artifacts.arch_config import arch_from_config
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.graph.decoder import build_decoder
-from coldpress.graph.form import EMBEDDING, Form, Quantization, products
+from coldpress.graph.form import EMBEDDING, Form, Quantization, expert_nodes, products
 from coldpress.graph.weights import DataFile
 
 
@@ -39,7 +39,9 @@ def build(tmp_path: Path) -> Callable[..., Path]:
         chosen: dict[str, int] = (
             dict(bits)
             if isinstance(bits, dict)
-            else {name: bits for name, _ in products(arch, plain) if bits is not None}
+            else {}
+            if bits is None
+            else dict.fromkeys((*(name for name, _ in products(arch, plain)), *expert_nodes(arch)), bits)
         )
         if embedding_bits is not None:
             chosen[EMBEDDING] = embedding_bits

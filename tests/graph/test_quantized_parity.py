@@ -42,6 +42,11 @@ def dequantized(
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (head or name != "lm_head"):
             module.weight.copy_(there_and_back(module.weight, bits))
+        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):  # all experts of a layer
+            for stacked in (module.gate_up_proj, module.down_proj):
+                for expert in stacked:
+                    turned = model.config.model_type == "gpt_oss"  # inputs first
+                    expert.copy_(there_and_back(expert.T, bits).T if turned else there_and_back(expert, bits))
     if embedding_bits is not None:
         table = model.get_input_embeddings().weight
         table.copy_(there_and_back(table, embedding_bits))
@@ -67,6 +72,16 @@ CASES = [
     ("phi3-gqa", 4, 32, False, 5, 4),
     ("phi3-gqa", 8, 128, True, 1, 8),
     ("phi3-longrope", 4, 256, True, 1, 8),
+    ("qwen3-moe", 4, 16, True, 5, 8),
+    ("qwen3-moe", 4, 32, False, 1, None),  # experts of 48 columns: no whole blocks
+    ("qwen3-moe-some-layers", 4, 16, True, 1, 4),
+    ("mixtral", 4, 32, True, 1, None),
+    ("mixtral", 4, 32, False, 5, None),
+    ("mixtral-window", 8, 32, False, 1, None),  # no whole blocks: then experts at 8 bits compute in float32
+    ("mixtral-window", 8, 64, True, 1, 8),
+    ("gpt-oss", 4, 32, True, 5, None),
+    ("gpt-oss", 4, 64, False, 1, 8),
+    ("gpt-oss", 8, 128, True, 1, None),
 ]
 
 

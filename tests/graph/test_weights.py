@@ -21,7 +21,7 @@ from coldpress.artifacts.tensors import TensorInfo, TensorSet, write_safetensors
 from coldpress.errors import CheckpointError, DiskFullError
 from coldpress.graph import weights
 from coldpress.graph.decoder import build_decoder
-from coldpress.graph.form import EMBEDDING, Form, Quantization, data_bytes, products
+from coldpress.graph.form import EMBEDDING, Form, Quantization, data_bytes, expert_nodes, products
 from coldpress.graph.weights import ALIGNMENT, Cast, DataFile, Matrix, QuantizedMatrix, Transposed
 
 
@@ -139,7 +139,7 @@ def test_the_size_that_a_plan_knows_is_the_size_of_the_file(tmp_path: Path) -> N
         source = tmp_path / str(number)
         tiny_model(name, source)
         arch = arch_from_config(json.loads((source / "config.json").read_text()))
-        four = dict.fromkeys((each for each, _ in products(arch)), Quantization(4))
+        four = dict.fromkeys((*(each for each, _ in products(arch)), *expert_nodes(arch)), Quantization(4))
         odd = dict.fromkeys(four, Quantization(4, 16, symmetric=False))
         for form in (
             Form("float32"),

@@ -20,6 +20,7 @@ _LLAMA = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _PHI3 = {**_LLAMA, "model_type": "phi3", "original_max_position_embeddings": 128, "pad_token_id": 0}
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 _LONGROPE = {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG}
 
@@ -94,6 +95,20 @@ TINY: Mapping[str, dict[str, Any]] = {
     "gpt-neox-sequential": {**_LLAMA, "model_type": "gpt_neox", "num_key_value_heads": 4,
                             "use_parallel_residual": False, "attention_bias": False,
                             **_rope("default", partial_rotary_factor=1.0)},
+    "qwen3-moe": {**_LLAMA, "model_type": "qwen3_moe", "head_dim": 32, **_MOE, "moe_intermediate_size": 48,
+                  "norm_topk_prob": True},
+    "qwen3-moe-some-layers": {**_LLAMA, "model_type": "qwen3_moe", "num_hidden_layers": 5, **_MOE,
+                              "moe_intermediate_size": 40, "mlp_only_layers": [3], "decoder_sparse_step": 2,
+                              "norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
+    "mixtral": {**_LLAMA, "model_type": "mixtral", **_MOE},
+    "mixtral-window": {**_LLAMA, "model_type": "mixtral", **_MOE, "sliding_window": 7, "hidden_size": 72,
+                       "head_dim": 16, "intermediate_size": 100},
+    "gpt-oss": {**_LLAMA, "model_type": "gpt_oss", "head_dim": 16, **_MOE, "sliding_window": 7,
+                "num_hidden_layers": 3, **_rope("yarn", factor=4.0, original_max_position_embeddings=32,
+                                                beta_fast=32.0, beta_slow=1.0, truncate=False)},
+    "gpt-oss-head-24": {**_LLAMA, "model_type": "gpt_oss", "head_dim": 24, **_MOE, "swiglu_limit": 1.0,
+                        "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 5,
+                        **_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False)},
 }  # fmt: skip
 """Configs by family and what is special about them."""
 

@@ -430,3 +430,20 @@ def test_on_a_quantized_checkpoint(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(tensors.read(info.name), reference[info.name].numpy(), atol=1e-5)
     direct = build(given, tmp_path / "direct", precision="fp32", int4_accuracy_level=None)
     assert np.abs(logits(direct) - expected).max() < TOLERANCE
+
+
+def test_the_example_of_the_docs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    convert: Callable[..., str],
+) -> None:  # fmt: skip
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    french, german = (make_adapter(llama, tmp_path / f"a{seed}", ["q_proj"], seed=seed) for seed in (1, 2))
+    built = build(with_adapter(llama, french), tmp_path / "built", adapter="inputs")
+    run(ExtractAdapters(), ExtractAdaptersConfig(), built, tmp_path / "french-and-more" / "model")
+    convert("-a", german, "-o", tmp_path / "german.onnx_adapter", "--model", tmp_path / "built")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/adapters.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["french", "german", "None"]
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == 3

@@ -361,7 +361,17 @@ class MergedTensors:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows with the adapter added, float32; those of other tensors as they are."""
-        return self.before_and_after(name, start, stop)[1]
+        known = self._same.get(name, name)
+        pair = self._adapter.pairs.get(known) if known in self._changed else None
+        if pair is None or pair.transposed or pair.magnitude is not None or self._in_four_bits(known):
+            return self.before_and_after(name, start, stop)[1]
+        import numpy as np
+
+        from coldpress.kernels.low_rank import add_product
+
+        before = self._base.read(known, start, stop)
+        b = self._adapter.read(pair.second, start, start + len(before)) * np.float32(pair.scale)
+        return add_product(before, b, self._adapter.read(pair.first))
 
     def before_and_after(self, name: str, start: int = 0, stop: int | None = None) -> tuple[Array, Array]:
         """Rows of the base as the adapter saw it, and with the adapter added."""
@@ -402,7 +412,7 @@ class MergedTensors:
         if pair.transposed:
             merged *= magnitude / self._once("norm", name, lambda: self._column_norms(name, pair))
         else:
-            merged *= (magnitude[start:stop] / np.linalg.norm(merged, axis=1))[:, None]
+            merged *= (magnitude[start:stop] / np.sqrt(np.einsum("ij,ij->i", merged, merged)))[:, None]
         return merged
 
     def _sum(self, pair: LowRank, before: Array, start: int, stop: int) -> Array:

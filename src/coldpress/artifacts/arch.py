@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.artifacts.families import Family, Scales
 
-__all__ = ["Arch", "Linear", "Rope", "Rows"]
+__all__ = ["Arch", "Linear", "Mixture", "Rope", "Rows"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,25 @@ class Linear:
         return sum(part.count for part in self.parts)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a decoder; `family.experts` has their names."""
+
+    experts: int
+    top_k: int
+    """Experts that a token goes through."""
+    inner: int
+    """Inner size of each."""
+    normalized: bool
+    """Weights of a token's experts sum to 1; otherwise they are those of a softmax over all experts."""
+    layers: tuple[bool, ...]
+    """Whether a layer has experts."""
+    alpha: float = 1.0
+    """An expert is down(G * sigmoid(alpha * G) * (L + beta)), G = min(gate, limit), L = clamp(up, -limit, limit)."""
+    beta: float = 0.0
+    limit: float | None = None
+
+
 def _linear(parts: tuple[Rows, ...], k: int, bias: bool) -> Linear:
     """With its bias beside the weights: the same rows."""
     return Linear(parts, k, tuple(Rows(_beside(part.tensor), part.first, part.count) for part in parts if bias))
@@ -87,6 +106,7 @@ class Arch:
     """Of each layer: how many tokens it looks back, itself included; None is all."""
     ropes: tuple[Rope | None, ...]
     """Of each layer; None does not rotate."""
+    mixture: Mixture | None = None
 
     @property
     def rope(self) -> Rope:
@@ -187,7 +207,36 @@ class Arch:
             part = Rows(self.of_layer(layer, names[0]), half * rows, rows)
         return _linear((part,), self.hidden, self.mlp_bias)
 
+    def sinks(self, layer: int) -> str:
+        return f"{self.family.names.layer.format(layer)}.{self.family.names.sinks}"
+
+    def has_experts(self, layer: int) -> bool:
+        return self.mixture is not None and self.mixture.layers[layer]
+
+    def router(self, layer: int) -> Linear:
+        assert self.mixture is not None and self.family.experts is not None
+        part = Rows(self.of_layer(layer, self.family.experts.router), 0, self.mixture.experts)
+        return _linear((part,), self.hidden, self.family.experts.bias)
+
+    def expert_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of a layer's experts."""
+        names, mixture = self.family.experts, self.mixture
+        assert names is not None and mixture is not None
+        prefix, count, inner, hidden = self.family.names.layer.format(layer), mixture.experts, mixture.inner, self.hidden
+        if len(names.gate_up) == 1:
+            for name, k, n in ((names.gate_up[0], hidden, 2 * inner), (names.down, inner, hidden)):
+                yield f"{prefix}.{name}", (count, k, n)
+                if names.bias:
+                    yield f"{prefix}.{name}_bias", (count, n)
+            return
+        for expert in range(count):
+            for name in names.gate_up:
+                yield f"{prefix}.{name.format(expert)}.weight", (inner, hidden)
+            yield f"{prefix}.{names.down.format(expert)}.weight", (hidden, inner)
+
     def linears(self, layer: int) -> tuple[Linear, ...]:
+        if self.has_experts(layer):
+            return (self.qkv(layer), self.o(layer), self.router(layer))
         gate_up = (self.gate(layer), self.up(layer)) if self.family.gated else (self.up(layer),)
         return (self.qkv(layer), self.o(layer), *gate_up, self.down(layer))
 
@@ -213,6 +262,10 @@ class Arch:
         for layer in range(self.layers):
             for name, length in self.norms(layer):
                 yield from self._norm(name, length)
+            if self.family.names.sinks is not None:
+                yield self.sinks(layer), (self.heads,)
+            if self.has_experts(layer):
+                yield from self.expert_tensors(layer)
             rows: dict[str, tuple[int, int, bool]] = {}  # first row behind, columns, bias
             for linear in self.linears(layer):
                 for part in linear.parts:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from coldpress.artifacts.arch import Arch, Rope
+from coldpress.artifacts.arch import Arch, Mixture, Rope
 from coldpress.artifacts.families import FAMILIES, Family
 from coldpress.errors import CheckpointError, UnsupportedModelError
 
@@ -46,11 +46,16 @@ _SIZES = (
     "sliding_window",
     "sliding_window_pattern",
     "no_rope_layer_interval",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
 )
 _NUMBERS = (
     "norm_eps", "rope_theta", "partial_rotary_factor", "rope_local_base_freq", "query_pre_attn_scalar",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier", "attention_multiplier",
-    "residual_multiplier", "logits_scaling",
+    "residual_multiplier", "logits_scaling", "swiglu_alpha", "swiglu_limit",
 )  # fmt: skip
 _LISTS: Mapping[str, tuple[Any, ...]] = {
     "layer_types": ("full_attention", "sliding_attention"),
@@ -72,6 +77,8 @@ def arch_from_config(config: Mapping[str, Any]) -> Arch:
     values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     if "sliding_window" in config and config["sliding_window"] is None:
         values.pop("sliding_window", None)  # a null means "no window" and must not be filled with the default
+    if config.get("rope_parameters") and not config.get("rope_scaling"):
+        values.pop("rope_scaling", None)  # the default is for a config that says nothing of its rope
     _check_values(family, config, values)
     hidden, heads, layers = (int(values[key]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = int(values.get("num_key_value_heads", heads))
@@ -113,7 +120,32 @@ def arch_from_config(config: Mapping[str, Any]) -> Arch:
         scales=family.scales(values),
         windows=tuple(int(size) if size is not None and sliding else None for sliding in slides),
         ropes=_ropes(family, values, head_dim, slides),
+        mixture=_mixture(family, config, values),
     )
+
+
+def _mixture(family: Family, config: Mapping[str, Any], values: Mapping[str, Any]) -> Mixture | None:
+    names = family.experts
+    if names is None:
+        return None
+    # The key that config.json has counts, not the other one's default; "num_experts" is the older of the two.
+    key = next((key for key in ("num_local_experts", "num_experts") if config.get(key) is not None), None)
+    experts = int(values[key or next(key for key in ("num_local_experts", "num_experts") if key in values)])
+    top_k = int(values["num_experts_per_tok"])
+    if top_k > experts:
+        raise CheckpointError(f"{_PLACE}: num_experts_per_tok {top_k} of {experts} experts", hint=_HINT)
+    if _activation(family, values) != "silu":
+        raise UnsupportedModelError(
+            f"{family.model_type} with {_key(family, 'hidden_act')} {values[_key(family, 'hidden_act')]!r}: the kernel "
+            "of experts has a gate with silu only"
+        )
+    listed = values.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+        raise CheckpointError(f"{_PLACE}: mlp_only_layers is {listed!r}, must be a list of layer numbers", hint=_HINT)
+    layers = tuple(names.layers(values, layer) for layer in range(int(values["num_hidden_layers"])))
+    normalized = bool(values.get(names.normalized)) if isinstance(names.normalized, str) else names.normalized
+    clamp = (float(values["swiglu_alpha"]), 1.0, float(values["swiglu_limit"])) if names.clamped else (1.0, 0.0, None)
+    return Mixture(experts, top_k, int(values[names.inner]), normalized, layers, *clamp)
 
 
 def _key(family: Family, name: str) -> str:
@@ -174,7 +206,12 @@ def _check_values(family: Family, config: Mapping[str, Any], values: Mapping[str
         for key in dict.fromkeys(_key(family, name) for name in _NUMBERS)
         if key in values and not (_is_number(values[key]) and values[key] > 0)
     ]
-    flags = [key for key in (family.parallel, family.qkv_bias, family.o_bias, family.mlp_bias) if isinstance(key, str)]
+    normalized = family.experts.normalized if family.experts is not None else False
+    flags = [
+        key
+        for key in (family.parallel, family.qkv_bias, family.o_bias, family.mlp_bias, normalized)
+        if isinstance(key, str)
+    ]
     problems += [
         f"{key} is {values[key]!r}, must be true or false"
         for key in dict.fromkeys(("tie_word_embeddings", "use_sliding_window", *flags))

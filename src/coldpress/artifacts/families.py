@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["FAMILIES", "Family", "Names", "Scales"]
+__all__ = ["FAMILIES", "Experts", "Family", "Names", "Scales"]
 
 Values = Mapping[str, Any]
 
@@ -42,6 +42,32 @@ class Names:
     mlp_out_norm: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    sinks: str | None = None
+    """A score for each head that takes part in the softmax and has no value; the name is complete."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the MLP: down(act(gate(x)) * up(x)) of each, weighted by a router.
+
+    Names are relative to the layer; `{}` is the number of an expert. Without it one tensor holds all experts, inputs
+    first: [experts, hidden, 2 * inner], gate and up columns in turn, and [experts, inner, hidden].
+    """
+
+    router: str
+    gate_up: tuple[str, ...]
+    """Two names of matrices, or one tensor."""
+    down: str
+    bias: bool = False
+    """Router and experts have biases: those of the experts are called like the tensors with `_bias` behind."""
+    inner: str = "intermediate_size"
+    """The config key of an expert's inner size."""
+    normalized: bool | str = True
+    """Weights of the chosen experts sum to 1; a text is the config key that says so."""
+    layers: Callable[[Values, int], bool] = lambda values, layer: True
+    """Which layers have experts; the others have a plain MLP."""
+    clamped: bool = False
+    """Gate and up are cut off at `swiglu_limit`, the gate is gate * sigmoid(`swiglu_alpha` * gate), and up is up + 1."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,7 @@ class Family:
     """Whether a layer rotates queries and keys."""
     local_rope: Callable[[Values], Values] | None = None
     """Rope parameters of the layers with a window, where they have their own."""
+    experts: Experts | None = None
     defaults: Values = field(default_factory=dict)
     """Values of keys that `config.json` may leave out because they are the config class's own."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -132,6 +159,11 @@ def _smollm3_rotates(values: Values, layer: int) -> bool:
     return bool(listed[layer]) if listed else (layer + 1) % int(values["no_rope_layer_interval"]) != 0
 
 
+def _qwen_has_experts(values: Values, layer: int) -> bool:
+    dense = values.get("mlp_only_layers") or ()
+    return layer not in dense and (layer + 1) % int(values["decoder_sparse_step"]) == 0
+
+
 _LLAMA_DEFAULTS: Values = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
 _MISTRAL_DEFAULTS: Values = {
     **_LLAMA_DEFAULTS, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8
@@ -143,6 +175,10 @@ _QWEN_DEFAULTS: Values = {
 _GEMMA_DEFAULTS: Values = {
     **_LLAMA_DEFAULTS, "max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True,
     "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096,
+}  # fmt: skip
+_GPT_OSS_ROPE: Values = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
 }  # fmt: skip
 _SANDWICH = Names(
     attention_out_norm="post_attention_layernorm",
@@ -328,6 +364,47 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             keys={"norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
             defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "gelu", "rotary_pct": 0.25,
                       "use_parallel_residual": True, "attention_bias": True},
+        ),
+        Family(
+            "qwen3_moe",
+            "qwen3",
+            _QK_NORM,
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            window=lambda values, layer: bool(values.get("use_sliding_window")),
+            layer_types=False,
+            experts=Experts("mlp.gate", ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+                            "mlp.experts.{}.down_proj", inner="moe_intermediate_size", normalized="norm_topk_prob",
+                            layers=_qwen_has_experts),
+            defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
+                      "num_experts_per_tok": 8, "decoder_sparse_step": 1},
+        ),
+        Family(
+            "mixtral",
+            "mistral",
+            window=lambda values, layer: True,
+            layer_types=False,
+            experts=Experts("block_sparse_moe.gate",
+                            ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+                            "block_sparse_moe.experts.{}.w2"),
+            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "hidden_act": "silu",
+                      "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+                      "rope_theta": 1000000.0},
+        ),
+        Family(
+            "gpt_oss",
+            "gptoss",
+            Names(sinks="self_attn.sinks"),
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            window=lambda values, layer: layer % 2 == 0,
+            experts=Experts("mlp.router", ("mlp.experts.gate_up_proj",), "mlp.experts.down_proj", bias=True,
+                            clamped=True),
+            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "hidden_act": "silu", "head_dim": 64,
+                      "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4,
+                      "sliding_window": 128, "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+                      "rope_theta": 150000.0, "rope_scaling": _GPT_OSS_ROPE},
         ),
     )
 })  # fmt: skip

@@ -307,7 +307,7 @@ class _Session:
     def _measure(self, step: Step, reference: Artifact, candidate: Artifact) -> dict[str, Any]:
         self.emit(StepStarted(step.name, "parity"))
         result = self._perform(
-            "parity", step.name, candidate, True, "both models are loaded to compare them: free some memory, "
+            "parity", step.name, candidate, True, "the result and one layer of its input are in memory: free some, "
             "or set parity.enabled to false for this step (run.json then says that nothing was proved)",
             reference=artifact_to_dict(reference), text=parity_text(self.plan, step),
         )  # fmt: skip

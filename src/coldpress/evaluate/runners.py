@@ -9,7 +9,7 @@ Transformers' own model. Block by block costs one reading of the weights for as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -286,11 +286,8 @@ class OnnxRunner:
     @property
     def _session(self) -> Any:
         if self._opened is None:
-            self._opened = self._open(self._graph)
-            other = self._opened.get_modelmeta().custom_metadata_map.get(EVALUATION_GRAPH)
-            if other is not None:
-                self._opened = None  # one at a time in memory
-                self._opened = self._open(self._beside(other))
+            other = self._metadata().get(EVALUATION_GRAPH)
+            self._opened = self._open(self._graph if other is None else self._beside(other))
         return self._opened
 
     def _take(self, file: Path, adapter: Path) -> None:
@@ -307,6 +304,16 @@ class OnnxRunner:
             return
         with AdapterWeights.open(adapter) as weights:
             self._lora = lora_inputs(weights)
+
+    def _metadata(self) -> Mapping[str, str]:
+        """Of the graph, without its weights: a session would prepare them first."""
+        import onnx_ir
+        from google.protobuf.message import DecodeError
+
+        try:
+            return onnx_ir.load(self._graph).metadata_props
+        except (DecodeError, ValueError):
+            return {}  # the session will say what is wrong with it
 
     def _beside(self, name: str) -> Path:
         """The file of the model's folder that the graph names."""

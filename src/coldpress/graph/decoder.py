@@ -3,7 +3,7 @@
     B batch, S new tokens, P past tokens, T = P + S, H heads, K key/value heads, D head size
 
     in   input_ids [B, S] int64 (or inputs_embeds [B, S, hidden]), attention_mask [B, T] int64,
-         past_key_values.N.key, .value [B, K, P, D]; position_ids [B, S] where rows are padded on the left;
+         past_key_values.N.key, .value [B, K, P, D]; position_ids [B, S] where `form.takes_position_ids`;
          A and B of LoRA adapters on request (`graph.lora`)
     out  logits [B, S, vocab], present.N.key, .value [B, K, T, D]  (hidden_states [B, S, hidden] on request)
 
@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from coldpress.artifacts.arch import Arch, Rope, Rows
 from coldpress.artifacts.tensors import TensorSource
+from coldpress.graph.experts import ExpertWriter
 from coldpress.graph.form import HEAD, Form, fused_rotary, packs_qkv
 from coldpress.graph.linear import LinearWriter
 from coldpress.graph.ops import FLOATS, MICROSOFT, GraphWriter
@@ -65,13 +66,14 @@ class _Decoder:
         self.io = FLOATS[form.io]
         self.graph = GraphWriter(data)
         self.linear = LinearWriter(arch, form, tensors, self.graph)
+        self.experts = ExpertWriter(arch, form, tensors, self.linear)
         self.mask = _input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
         if form.exclude_embeds:
             self.ids = _input("inputs_embeds", self.io, ("batch_size", "sequence_length", arch.hidden))
         else:
             self.ids = _input("input_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
         self.position_ids: ir.Value | None = None
-        if form.left_padding:
+        if form.takes_position_ids:
             self.position_ids = _input("position_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
         past = ("batch_size", arch.kv_heads, "past_sequence_length", arch.head_dim)
         self.past = [
@@ -129,7 +131,8 @@ class _Decoder:
         arch, graph, base = self.arch, self.graph, f"/model/layers.{layer}/attn"
         rope, window = arch.ropes[layer], arch.windows[layer]
         # The kernel's own rotary counts positions from the left end of a row, padding included.
-        fused = rope is not None and fused_rotary(arch, rope) and not self.form.left_padding
+        in_kernel = self.form.rotary == "attention" and not self.form.left_padding
+        fused = rope is not None and fused_rotary(arch, rope) and in_kernel
         query: list[ir.Value | None]
         if packs_qkv(arch, self.form) and (rope is None or fused):
             query = [self.linear.product(f"{base}/qkv_proj/MatMul", x), None, None]
@@ -141,7 +144,10 @@ class _Decoder:
             rotary = [None, None, None]
         out, key, value = graph.ops(
             "GroupQueryAttention",
-            _trimmed([*query, *self.past[layer], positions.last_index, positions.total, *rotary, positions.bias]),
+            _trimmed(
+                [*query, *self.past[layer], positions.last_index, positions.total, *rotary, positions.bias,
+                 self._sinks(layer)]
+            ),
             name=f"{base}/GroupQueryAttention",
             domain=MICROSOFT,
             outputs=(f"{base}/GroupQueryAttention/output_0", f"present.{layer}.key", f"present.{layer}.value"),
@@ -158,6 +164,12 @@ class _Decoder:
             present.shape = ir.Shape(("batch_size", arch.kv_heads, "total_sequence_length", arch.head_dim))
             self.presents.append(present)
         return self.linear.product(f"{base}/o_proj/MatMul", out)
+
+    def _sinks(self, layer: int) -> ir.Value | None:
+        if self.arch.family.names.sinks is None:
+            return None
+        name = self.arch.sinks(layer)
+        return self.linear.vector(name, [Rows(name, 0, self.arch.heads)])
 
     def _apart(
         self, layer: int, x: ir.Value, rope: Rope | None, positions: Positions
@@ -206,6 +218,8 @@ class _Decoder:
         )
 
     def _mlp(self, layer: int, x: ir.Value) -> ir.Value:
+        if self.arch.has_experts(layer):
+            return self.experts.write(layer, x)
         base, graph, product = f"/model/layers.{layer}/mlp", self.graph, self.linear.product
         if not self.arch.family.gated:
             inner = self._activated(f"{base}/act_fn", product(f"{base}/up_proj/MatMul", x))

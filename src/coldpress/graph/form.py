@@ -20,10 +20,12 @@ __all__ = [
     "Form",
     "Quantization",
     "data_bytes",
+    "expert_nodes",
     "fused_rotary",
     "mixed_layers",
     "packs_qkv",
     "products",
+    "routers",
 ]
 
 FloatType = Literal["float32", "float16", "bfloat16"]
@@ -46,6 +48,8 @@ class Quantization:
     """What MatMulNBits computes in: 1 float32, 2 float16, 3 bfloat16, 4 int8; 0 lets the kernel choose."""
     candidates: int = 1
     """Scales tried for a block; see `kernels.quantize`."""
+    half_quadratic: bool = False
+    """Zero points are floats, fitted by `kernels.hqq`; `symmetric` is then False."""
     taken: Packing | None = None
     """The checkpoint's own codes are taken over: they have these bits and blocks."""
 
@@ -74,13 +78,25 @@ class Form:
     """Output is `hidden_states` besides `logits`."""
     lora_modules: frozenset[str] = frozenset()
     """Last parts of the names of the linear layers that LoRA adapters may change at run time; see `graph.lora`."""
+    qdq: bool = False
+    """Products read their blocks through DequantizeLinear instead of MatMulNBits; see `graph.qdq`."""
+    rotary: Literal["attention", "node"] = "attention"
+    """Who rotates queries and keys: the attention kernel where it can, or nodes before it, which read position_ids."""
+    transposed_products: bool = True
+    """Whether a product can read a matrix of floats as it lies, so that a tied head needs no copy (FusedMatMul)."""
     rope_switch: Literal["position_ids", "if"] = "position_ids"
     """How a longrope model gets from its short to its long table: by the positions given to the attention kernel, or by
     an If node, which copies a table on each run, for kernels that take no positions."""
 
+    @property
+    def takes_position_ids(self) -> bool:
+        """Whether positions are an input of the graph."""
+        return self.left_padding or self.rotary == "node"
+
     def shares_embedding(self, arch: Arch) -> bool:
         """Whether embedding and head are one set of bytes."""
-        both = not self.exclude_embeds and not self.exclude_lm_head
+        lies_transposed = self.qdq if HEAD in self.nodes else not self.transposed_products
+        both = not self.exclude_embeds and not self.exclude_lm_head and not lies_transposed
         return arch.tied and both and _layout(self.nodes.get(EMBEDDING)) == _layout(self.nodes.get(HEAD))
 
 
@@ -101,6 +117,8 @@ def products(arch: Arch, form: Form | None = None) -> Iterator[tuple[str, Linear
             yield f"{base}/attn/k_proj/MatMul", arch.k(layer)
             yield f"{base}/attn/v_proj/MatMul", arch.v(layer)
         yield f"{base}/attn/o_proj/MatMul", arch.o(layer)
+        if arch.has_experts(layer):
+            continue
         if arch.family.gated and form.fused_gate_up:
             yield f"{base}/mlp/gate_up_proj/MatMul", arch.gate_up(layer)
         else:
@@ -109,6 +127,19 @@ def products(arch: Arch, form: Form | None = None) -> Iterator[tuple[str, Linear
             yield f"{base}/mlp/up_proj/MatMul", arch.up(layer)
         yield f"{base}/mlp/down_proj/MatMul", arch.down(layer)
     yield HEAD, arch.head()
+
+
+def routers(arch: Arch) -> Iterator[tuple[str, Linear]]:
+    """Name and matrix of the products that choose experts. They stay in floating point: they are small, and a rounded
+    one sends tokens to other experts."""
+    for layer in range(arch.layers):
+        if arch.has_experts(layer):
+            yield f"/model/layers.{layer}/moe/router/MatMul", arch.router(layer)
+
+
+def expert_nodes(arch: Arch) -> dict[str, int]:
+    """Layer of each node that holds a layer's experts, by the node's name where they are quantized."""
+    return {f"/model/layers.{layer}/moe/QMoE": layer for layer in range(arch.layers) if arch.has_experts(layer)}
 
 
 def packs_qkv(arch: Arch, form: Form) -> bool:
@@ -141,8 +172,21 @@ def _matrix_bytes(form: Form, q: Quantization | None, n: int, k: int) -> int:
     if q is None:
         return n * k * _WIDTH[form.io]
     blocks = -(-k // q.block_size)
-    zeros = 0 if q.symmetric else -(-blocks * q.bits // 8)
+    zeros = blocks * _WIDTH[form.io] if q.half_quadratic else 0 if q.symmetric else -(-blocks * q.bits // 8)
     return n * (blocks * (q.block_size * q.bits // 8 + _WIDTH[form.io]) + zeros)
+
+
+def _expert_bytes(arch: Arch, form: Form, q: Quantization | None) -> int:
+    """Of the experts of one layer: rows are not filled up to whole blocks, as those of a product are."""
+    assert arch.mixture is not None and arch.family.experts is not None
+    total, width = 0, _WIDTH[form.io]
+    for n, k in ((2 * arch.mixture.inner, arch.hidden), (arch.hidden, arch.mixture.inner)):
+        row = k * width
+        if q is not None:
+            blocks = -(-k // q.block_size)
+            row = k * q.bits // 8 + blocks * width + (0 if q.symmetric else -(-blocks * q.bits // 8))
+        total += n * (row + arch.family.experts.bias * width)
+    return total * arch.mixture.experts
 
 
 def data_bytes(arch: Arch, form: Form) -> int:
@@ -154,6 +198,10 @@ def data_bytes(arch: Arch, form: Form) -> int:
         if name == HEAD and form.exclude_lm_head:
             continue
         total += _matrix_bytes(form, form.nodes.get(name), linear.n, linear.k) + bool(linear.bias) * linear.n * width
+    for _, linear in routers(arch):
+        total += (linear.n * linear.k + bool(linear.bias) * linear.n) * width
+    total += sum(_expert_bytes(arch, form, form.nodes.get(name)) for name in expert_nodes(arch))
+    total += arch.layers * arch.heads * width if arch.family.names.sinks is not None else 0
     if not form.exclude_embeds and not form.shares_embedding(arch):
         total += _matrix_bytes(form, form.nodes.get(EMBEDDING), arch.vocab, arch.hidden)
     for rope in arch.rope_kinds:

@@ -53,17 +53,21 @@ def genai_config(
     threads: int | None,
     search: Mapping[str, Any] | None = None,
     provider_options: tuple[Mapping[str, Mapping[str, str]], ...] = (),
+    session_options: Mapping[str, str] | None = None,
+    position_ids: bool = False,
     inputs_embeds: bool = False,
     outputs: tuple[str, ...] = ("logits",),
 ) -> dict[str, Any]:
     """The content of genai_config.json.
 
     `config` and `generation` are the checkpoint's config.json and generation_config.json; `threads` those of the CPU
-    provider, None elsewhere; `search` is laid over the search settings, `outputs` are the graph's besides the KV cache.
+    provider, None elsewhere; `session_options` are ONNX Runtime's own, by name; `search` is laid over the search
+    settings, `outputs` are the graph's besides the KV cache.
     """
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
         "provider_options": [dict(each) for each in provider_options],
+        **(session_options or {}),
     }
     if threads is not None:
         session["intra_op_num_threads"] = threads
@@ -87,6 +91,7 @@ def genai_config(
             "inputs": {
                 first: first,
                 "attention_mask": "attention_mask",
+                **({"position_ids": "position_ids"} if position_ids else {}),
                 "past_key_names": "past_key_values.%d.key",
                 "past_value_names": "past_key_values.%d.value",
             },

@@ -15,9 +15,10 @@ from coldpress.artifacts.arch import Arch, Linear, Rows
 from coldpress.artifacts.quantized import CodedSource
 from coldpress.artifacts.stored import Packing
 from coldpress.artifacts.tensors import TensorSource
-from coldpress.graph.form import EMBEDDING, HEAD, Form, Quantization, products
+from coldpress.graph.form import EMBEDDING, HEAD, Form, Quantization, products, routers
 from coldpress.graph.lora import LoraInputs
 from coldpress.graph.ops import FLOATS, MICROSOFT, GraphWriter
+from coldpress.graph.qdq import dequantized
 from coldpress.graph.taken import ColumnOrder, TakenMatrix
 from coldpress.graph.weights import Cast, Matrix, Place, QuantizedMatrix, Transposed, Weight
 
@@ -30,7 +31,7 @@ class LinearWriter:
     def __init__(self, arch: Arch, form: Form, tensors: TensorSource, graph: GraphWriter) -> None:
         self.arch, self.form, self.tensors, self.graph = arch, form, tensors, graph
         self.io = FLOATS[form.io]
-        self.products = dict(products(arch, form))
+        self.products = dict((*products(arch, form), *routers(arch)))
         self.lora = LoraInputs(form.lora_modules, tensors, graph, self.io)
         self._orders: dict[str, ir.Value] = {}
         """Orders of columns by their digest."""
@@ -47,7 +48,11 @@ class LinearWriter:
         """x W^T, and + b where the layer has a bias, and what adapters add."""
         linear, q = self.products[name], self.form.nodes.get(name)
         shared = self._shared if name == HEAD else ()
-        if q is not None:
+        if q is not None and self.form.qdq:
+            fed = x if q.taken is None else self._ordered(name, linear, x, q.taken)
+            w = dequantized(self.graph, self._quantized(name, linear, q), q.block_size, name)
+            y = self.graph.op("MatMul", [fed, w], name=name)
+        elif q is not None:
             values = (
                 tuple(map(self.graph.place, shared)) if shared else self.graph.weight(self._quantized(name, linear, q))
             )
@@ -99,14 +104,15 @@ class LinearWriter:
         gather = name.removesuffix("MatMul") + "Gather"
         return self.graph.op("Gather", [x, self._orders[packing.order]], name=gather, axis=-1)
 
-    def _quantized(self, name: str, linear: Linear, q: Quantization) -> Weight:
+    def _quantized(self, name: str, linear: Linear, q: Quantization) -> QuantizedMatrix | TakenMatrix:
         if q.taken is not None:
             source = cast("CodedSource", self.tensors)
             return TakenMatrix(_tensor_name(name), source, linear.parts, linear.k, q.taken, self.io)
         candidates = q.candidates if q.bits == 4 else 1  # at 8 bits a search gains next to nothing
         return QuantizedMatrix(
-            _tensor_name(name), self._matrix(linear), q.bits, q.block_size, q.symmetric, candidates, self.io
-        )
+            _tensor_name(name), self._matrix(linear), q.bits, q.block_size, q.symmetric, candidates, self.io,
+            q.half_quadratic,
+        )  # fmt: skip
 
     def _head_weight(self) -> Weight:
         q = self.form.nodes.get(HEAD)

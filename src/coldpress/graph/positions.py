@@ -4,6 +4,7 @@ B batch, S new tokens, T past and new tokens together
 
 padding right   the kernel gets the number of valid tokens of each row, and counts positions by itself
 padding left    every row is T tokens long; positions are an input, and padding is masked in the scores
+position_ids    may be an input with padding on the right too: for kernels that do not rotate (`form.rotary`)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Positions:
 def write_positions(
     arch: Arch, form: Form, graph: GraphWriter, mask: ir.Value, ids: ir.Value, given: ir.Value | None
 ) -> Positions:
-    """Nodes from attention_mask [B, T] and, where rows are padded on the left, the position_ids that are given."""
+    """Nodes from attention_mask [B, T] and, where they are `given`, position_ids."""
     return _Writer(arch, form, graph, mask, ids, given).write()
 
 
@@ -63,7 +64,7 @@ class _Writer:
         shape = graph.op("Shape", [self.mask], name=f"{base}/Shape")
         length = graph.op("Gather", [shape, graph.constant(1)], name=f"{base}/Gather", axis=0)
         total = graph.op("Cast", [length], name=f"{base}/Gather/Cast", to=int32)
-        if self.given is None:
+        if not self.form.left_padding:
             valid = graph.op("ReduceSum", [self.mask, one], name=f"{base}/ReduceSum", keepdims=0)
         else:
             batch = graph.op("Gather", [shape, graph.constant([0])], name=f"{base}/Batch", axis=0)
@@ -84,7 +85,7 @@ class _Writer:
         tables = tuple(
             (rope, self._tables(name, rope, length)) for name, rope in zip(names, self.arch.rope_kinds, strict=False)
         )
-        bias = None if self.given is None else self._mask_bias()
+        bias = self._mask_bias() if self.form.left_padding else None
         return Positions(last_index, total, length, tables, positions, bias)
 
     def _switches(self, rope: Rope) -> bool:

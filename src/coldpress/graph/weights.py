@@ -26,7 +26,7 @@ from coldpress.artifacts.arch import Rope, Rows
 from coldpress.artifacts.tensors import TensorSource, numpy_dtype
 from coldpress.errors import CheckpointError, DiskFullError
 from coldpress.graph.form import WRITE_BUDGET
-from coldpress.kernels.quantize import NonFiniteWeightError, quantize
+from coldpress.kernels.quantize import NonFiniteWeightError, Quantized, quantize
 from coldpress.kernels.rope import cos_sin, inverse_frequencies
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Place",
     "QuantizedMatrix",
     "RopeTable",
+    "RowSource",
     "Transposed",
     "Weight",
 ]
@@ -85,6 +86,21 @@ class Matrix:
         return np.concatenate([piece.astype(dtype, copy=False) for piece in pieces])
 
 
+class RowSource(Protocol):
+    """Rows that a weight is made from: a `Matrix`, or the rows of a layer's experts."""
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def rows(self, start: int, stop: int) -> Array: ...
+
+
 @dataclass(frozen=True)
 class Place:
     """A tensor of the data file."""
@@ -96,7 +112,7 @@ class Place:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize.__int__()
+        return -(-int(np.prod(self.shape, dtype=np.int64)) * self.dtype.bitwidth // 8)
 
     @property
     def row_bytes(self) -> int:
@@ -145,7 +161,7 @@ class Cast:
     """A matrix or vector in another floating-point type, shape [n, k] or [n]."""
 
     name: str
-    matrix: Matrix
+    matrix: RowSource
     dtype: ir.DataType
     vector: bool = False
     add: float = 0.0
@@ -204,15 +220,19 @@ class Transposed:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix in blocks of 4 or 8 bits; tensors `name`_Q4, `name`_scales and, if asymmetric, `name`_zero_points."""
+    """A matrix in blocks of 4 or 8 bits; tensors `name`_Q4, `name`_scales and, if asymmetric, `name`_zero_points.
+
+    Zero points are packed like codes, or floats where they are `half_quadratic`.
+    """
 
     name: str
-    matrix: Matrix
+    matrix: RowSource
     bits: int
     block_size: int
     symmetric: bool
     candidates: int
     scale_dtype: ir.DataType
+    half_quadratic: bool = False
 
     @property
     def blocks(self) -> int:
@@ -225,6 +245,8 @@ class QuantizedMatrix:
         scales = Place(f"{self.name}_scales", self.scale_dtype, (n, blocks))
         if self.symmetric:
             return codes, scales
+        if self.half_quadratic:
+            return codes, scales, Place(f"{self.name}_zero_points", self.scale_dtype, (n, blocks))
         return codes, scales, Place(f"{self.name}_zero_points", ir.DataType.UINT8, (n, -(-blocks * self.bits // 8)))
 
     @property
@@ -236,14 +258,13 @@ class QuantizedMatrix:
         return self.matrix.k
 
     def make(self, start: int, stop: int) -> tuple[Array, ...]:
+        return self.make_blocks(start, stop, 0, self.blocks)
+
+    def make_blocks(self, start: int, stop: int, low: int, high: int) -> tuple[Array, ...]:
+        """Blocks `low` to `high` of the rows."""
+        weights = self.matrix.rows(start, stop)[:, low * self.block_size : high * self.block_size]
         try:
-            result = quantize(
-                self.matrix.rows(start, stop),
-                bits=self.bits,
-                block_size=self.block_size,
-                symmetric=self.symmetric,
-                candidates=self.candidates,
-            )
+            result = self._quantized(weights)
         except NonFiniteWeightError as error:
             raise CheckpointError(
                 f"row {start + error.row} of {self.matrix.name} holds NaN or infinity",
@@ -252,7 +273,22 @@ class QuantizedMatrix:
         scales = _float_cast(result.scales, self.scale_dtype, f"scales of {self.matrix.name}")
         if result.zeros is None:
             return result.codes, scales
+        if self.half_quadratic:
+            return result.codes, scales, result.zeros.astype(self.scale_dtype.numpy(), copy=False)
         return result.codes, scales, result.zeros
+
+    def _quantized(self, weights: Array) -> Quantized:
+        if self.half_quadratic:
+            from coldpress.kernels.hqq import quantize_half_quadratic
+
+            return quantize_half_quadratic(weights, bits=self.bits, block_size=self.block_size)
+        return quantize(
+            weights,
+            bits=self.bits,
+            block_size=self.block_size,
+            symmetric=self.symmetric,
+            candidates=self.candidates,
+        )
 
 
 @dataclass(frozen=True)
