@@ -25,6 +25,7 @@ from coldpress.passes.merge_adapter_weights import MergeAdapterWeights, MergeAda
 from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 from fakes.tiny_models import make_checkpoint
 from oracles.adapters import base_in_blocks, inputs_of, make_adapter, merged_checkpoint
+from oracles.passes import CPU, CUDA
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -39,11 +40,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("llama"), family="llama", dtype="float32")
 
 
-def run(made: Any, config: Any, model: Artifact, output: Path) -> Artifact:
+def run(made: Any, config: Any, model: Artifact, output: Path, accelerator: Accelerator = CPU) -> Artifact:
     """Plan, run, and hold the one against the other."""
-    planned = made.plan(config, model.describe(), PlanContext(detect(), Accelerator(), {}, {}))
+    planned = made.plan(config, model.describe(), PlanContext(detect(), accelerator, {}, {}))
     output.mkdir(parents=True)
-    artifact = made.run(config, model, Context("s", output, output, detect(), Accelerator(), {}, lambda event: None))
+    artifact = made.run(config, model, Context("s", output, output, detect(), accelerator, {}, lambda event: None))
     assert planned.spec.mismatch(artifact.describe()) is None
     return artifact  # type: ignore[no-any-return]
 
@@ -225,6 +226,21 @@ def test_two_adapters_on_one_int4_base_in_genai(llama: Path, tmp_path: Path) -> 
     merged = merged_checkpoint(llama, tmp_path / "one", tmp_path / "merged")
     _, requantized = greedy_of(base_in_blocks(merged, 32, 5, embedding_bits=8))
     assert np.abs(requantized - expected["one"][1]).max() > 3 * TOLERANCE
+
+
+def test_profiles_take_adapters_too(llama: Path, tmp_path: Path) -> None:
+    """fast fuses gate and up and prunes the head: both of its graphs have the inputs."""
+    adapter = make_adapter(llama, tmp_path / "adapter", ["q_proj", "gate_proj", "lm_head"])
+    model = with_adapter(llama, adapter)
+    fast = build(model, tmp_path / "fast", adapter="inputs", precision="int8", profile="fast")
+    plain = build(Artifact.load(llama), tmp_path / "plain", precision="int8", profile="fast")
+    expected = logits(model)
+    # 8 bits move the logits by 0.03 on average; the adapter by ten times as much.
+    assert np.abs(logits(fast) - expected).mean() < 0.06
+    assert np.abs(logits(plain) - expected).mean() > 0.3
+    names = [{value.name for value in ir.load(file).graph.inputs} for file in sorted(fast.path.glob("*.onnx"))]
+    assert len(names) == 2
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("save_format", ["onnx_adapter", "safetensors", "numpy"])
@@ -447,3 +463,32 @@ def test_the_example_of_the_docs(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["french", "german", "None"]
     assert len({line.split(maxsplit=1)[1] for line in lines}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({"precision": "int4"}, "float16"), ({"precision": "fp16"}, "float16"), ({"precision": "bf16"}, "bfloat16")],
+)
+def test_on_cuda_inputs_and_file_have_the_type_of_the_graph(
+    options: dict[str, Any], dtype: str, llama: Path, tmp_path: Path
+) -> None:
+    """Structure only: there may be no GPU here."""
+    import onnx
+
+    from coldpress.artifacts.adapter_inputs import read_adapter_file
+    from coldpress.graph.lora import inputs_of
+
+    adapter = make_adapter(llama, tmp_path / "adapter", ["v_proj", "gate_proj"], r=3)
+    config = ModelBuilderConfig(adapter="inputs", **options)
+    built = run(ModelBuilder(), config, with_adapter(llama, adapter), tmp_path / "built", CUDA)
+    wanted = inputs_of(built.model)
+    assert {name for name, _ in wanted.values()} == {dtype}
+    made = run(ExtractAdapters(), ExtractAdaptersConfig(), built, tmp_path / "made", CUDA)
+    held = read_adapter_file(made.path / "adapter_weights.onnx_adapter")
+    assert held["model.layers.1.self_attn.v_proj.lora_A.weight"] == (dtype, (64, 3))
+    assert len(held) == 8
+    model = onnx.load(made.path / "model.onnx")
+    for node in model.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization":  # ONNX Runtime's own, in the standard domain
+            node.domain = "com.microsoft"
+    onnx.checker.check_model(model, full_check=True)

@@ -237,6 +237,15 @@ def test_profile(built: Callable[..., Path]) -> None:
     assert attribute(nodes(plain)[QKV], "block_size") == 64
 
 
+def test_allow_spinning(built: Callable[..., Path]) -> None:
+    def written(**options: Any) -> Any:
+        session = genai(built(**options))["model"]["decoder"]["session_options"]
+        return session.get("session.intra_op.allow_spinning")
+
+    assert written() == written(allow_spinning=False) == "0"
+    assert written(allow_spinning=True) is written(profile="fast") is None
+
+
 def test_padding_left_has_no_genai_config(built: Callable[..., Path]) -> None:
     folder = built(padding="left")
     assert not (folder / "genai_config.json").exists()

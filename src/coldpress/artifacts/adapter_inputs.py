@@ -26,6 +26,7 @@ __all__ = [
     "check_inputs",
     "copy_adapter",
     "lora_inputs",
+    "outlines",
     "read_adapter_file",
     "write_inputs",
 ]
@@ -33,6 +34,10 @@ __all__ = [
 Format = Literal["onnx_adapter", "safetensors", "numpy"]
 FORMATS: Mapping[Format, str] = {"onnx_adapter": ".onnx_adapter", "safetensors": ".safetensors", "numpy": ".npz"}
 """How an adapter's inputs may be stored, and how such a file's name ends."""
+_ELEMENT_TYPES: Mapping[int, str] = {1: "float32", 10: "float16", 16: "bfloat16"}
+"""Of onnx.TensorProto."""
+Outline = tuple[str, tuple[int | None, ...]]
+"""Type and shape of an input; None is any size."""
 ADAPTER_FILE = "adapter_weights"
 """Beside a model with LoRA inputs: the adapter that it was built with; the format's ending comes after it."""
 
@@ -94,26 +99,32 @@ def write_inputs(path: Path, inputs: Mapping[str, Array], form: Format = "onnx_a
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(1)
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
-    file.set_parameters(values)
+    # By element type, because ONNX Runtime takes bfloat16 from NumPy in no other way.
+    make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    types = {name: kind for kind, name in _ELEMENT_TYPES.items()}
+    bits = {2: "uint16", 4: "float32"}
+    file.set_parameters(
+        {name: make(array.view(bits[array.itemsize]), types[array.dtype.name]) for name, array in inputs.items()}
+    )
     file.export_adapter(str(path))
     return path
 
 
-def read_adapter_file(path: Path) -> dict[str, Array]:
-    """The inputs that an .onnx_adapter file holds; raises CheckpointError."""
+def read_adapter_file(path: Path) -> dict[str, Outline]:
+    """Type and shape of the inputs that an .onnx_adapter file holds; raises CheckpointError."""
     import onnxruntime
 
     try:
-        return {
-            name: value.numpy()
-            for name, value in onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters().items()
-        }
+        held = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} cannot be read as an ONNX Runtime adapter: {error}",
             hint="make it with `coldpress convert-adapters`",
         ) from error
+    return {
+        name: (_ELEMENT_TYPES.get(value.element_type(), "another type"), tuple(value.shape()))
+        for name, value in held.items()
+    }
 
 
 def copy_adapter(source: Path, target: Path) -> Path:
@@ -128,27 +139,25 @@ def _entry(name: str, array: Array) -> tuple[TensorInfo, Callable[[], Array]]:
     return TensorInfo.of(name, array.dtype.name, array.shape), lambda: array
 
 
-def check_inputs(
-    inputs: Mapping[str, Array], wanted: Mapping[str, tuple[str, tuple[int | None, ...]]], place: str
-) -> None:
-    """Every input must be one of a graph's and fit it; `wanted` gives dtype and shape by name, None for any size.
+def outlines(inputs: Mapping[str, Array]) -> dict[str, Outline]:
+    """Type and shape of each."""
+    return {name: (array.dtype.name, array.shape) for name, array in inputs.items()}
 
-    Raises CheckpointError.
-    """
+
+def check_inputs(found: Mapping[str, Outline], wanted: Mapping[str, Outline], place: str) -> None:
+    """Every input found must be one of the graph's and fit it; raises CheckpointError."""
     if not any(".lora_A." in name for name in wanted):
         raise CheckpointError(f"{place} has no LoRA inputs", hint="build it with ModelBuilder and adapter: inputs")
     odd = []
-    for name, array in inputs.items():
+    for name, (own, sizes) in found.items():
         if name not in wanted:
             odd.append(f"{name} is no input of the graph")
             continue
         dtype, shape = wanted[name]
-        fits = len(shape) == array.ndim and all(
-            want in (None, size) for want, size in zip(shape, array.shape, strict=True)
-        )
-        if not fits or array.dtype.name != dtype:
-            sizes = ", ".join("r" if size is None else str(size) for size in shape)
-            odd.append(f"{name} is {array.dtype.name} {list(array.shape)}, the graph wants {dtype} [{sizes}]")
+        fits = len(shape) == len(sizes) and all(want in (None, size) for want, size in zip(shape, sizes, strict=True))
+        if not fits or own != dtype:
+            written = ", ".join("r" if size is None else str(size) for size in shape)
+            odd.append(f"{name} is {own} {list(sizes)}, the graph wants {dtype} [{written}]")
     if odd:
         raise CheckpointError(
             f"the adapter does not fit {place}:\n  " + "\n  ".join(odd[:8]) + ("\n  ..." if len(odd) > 8 else ""),

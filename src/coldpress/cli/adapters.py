@@ -28,8 +28,9 @@ __all__ = ["convert_adapters"]
     default="onnx_adapter", show_default=True, help="onnx_adapter is what ONNX Runtime and GenAI load.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16"]), help="Of the graph's inputs; default: the model's, or float32"
-)
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the graph's inputs; default: the model's, or float32.",
+)  # fmt: skip
 @click.option("--quantize-int4", "--quantize_int4", is_flag=True, hidden=True)
 @click.option("--int4-block-size", "--int4_block_size", hidden=True)
 @click.option("--int4-quantization-mode", "--int4_quantization_mode", hidden=True)
@@ -48,7 +49,7 @@ def convert_adapters(
     The adapter's scale is worked in. One model serves any number of such files, each of its own rank.
     """
     from coldpress.artifacts.adapter import AdapterWeights
-    from coldpress.artifacts.adapter_inputs import check_inputs, lora_inputs, write_inputs
+    from coldpress.artifacts.adapter_inputs import check_inputs, lora_inputs, outlines, write_inputs
 
     if quantize_int4 or int4_block_size or int4_quantization_mode:
         raise UsageError(
@@ -65,7 +66,7 @@ def convert_adapters(
     with AdapterWeights.open(adapter) as weights:
         inputs = lora_inputs(weights, dtype)
     if model is not None:
-        check_inputs(inputs, wanted, str(model))
+        check_inputs(outlines(inputs), wanted, str(model))
     file = write_inputs(output, inputs, form)  # type: ignore[arg-type]
     ranks = sorted({array.shape[1] for name, array in inputs.items() if ".lora_A." in name})
     click.echo(

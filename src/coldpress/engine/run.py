@@ -198,6 +198,8 @@ class _Session:
                     "DISABLE_TELEMETRY": "1",
                     "TOKENIZERS_PARALLELISM": "false",
                     "TRANSFORMERS_VERBOSITY": "warning",
+                    # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
+                    **({} if torch else {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}),
                 },
             )
             self.workers[torch] = worker

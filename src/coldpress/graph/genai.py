@@ -51,6 +51,7 @@ def genai_config(
     generation: Mapping[str, Any],
     *,
     threads: int | None,
+    spinning: bool = True,
     search: Mapping[str, Any] | None = None,
     provider_options: tuple[Mapping[str, Mapping[str, str]], ...] = (),
     session_options: Mapping[str, str] | None = None,
@@ -61,7 +62,7 @@ def genai_config(
     """The content of genai_config.json.
 
     `config` and `generation` are the checkpoint's config.json and generation_config.json; `threads` those of the CPU
-    provider, None elsewhere; `session_options` are ONNX Runtime's own, by name; `search` is laid over the search
+    provider, None elsewhere, and whether they spin; `session_options` are ONNX Runtime's own, by name; `search` is laid over the search
     settings, `outputs` are the graph's besides the KV cache.
     """
     session: dict[str, Any] = {
@@ -71,6 +72,8 @@ def genai_config(
     }
     if threads is not None:
         session["intra_op_num_threads"] = threads
+        if not spinning:
+            session["session.intra_op.allow_spinning"] = "0"
     eos = _token_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
     pad = _token_ids(generation.get("pad_token_id"), config.get("pad_token_id"))
     pad = [token for token in pad if 0 <= token < arch.vocab] or eos

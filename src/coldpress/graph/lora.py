@@ -16,6 +16,7 @@ import google.protobuf.message  # type: ignore[import-untyped]
 import numpy as np
 import onnx_ir as ir
 
+from coldpress.artifacts.adapter_inputs import Outline
 from coldpress.artifacts.arch import Linear
 from coldpress.artifacts.base import read_json
 from coldpress.artifacts.tensors import TensorSource
@@ -77,7 +78,7 @@ class LoraInputs:
         return value
 
 
-def inputs_of(folder: Path) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+def inputs_of(folder: Path) -> dict[str, Outline]:
     """The LoRA inputs of a GenAI folder's graph: dtype and shape by name, None for any size. Raises CheckpointError."""
     genai = read_json(folder / "genai_config.json").get("model", {})
     graph_file = folder / str(genai.get("decoder", {}).get("filename", "model.onnx"))

@@ -18,6 +18,7 @@ from coldpress.artifacts.adapter_inputs import (
     check_inputs,
     copy_adapter,
     lora_inputs,
+    outlines,
     write_inputs,
 )
 from coldpress.artifacts.base import Artifact, Spec
@@ -89,7 +90,7 @@ class ExtractAdapters:
         with AdapterWeights.open(model.adapter) as adapter:
             dtype = next((dtype for dtype, _ in wanted.values()), "float32")
             inputs = lora_inputs(adapter, dtype)
-        check_inputs(inputs, wanted, str(model.model))
+        check_inputs(outlines(inputs), wanted, str(model.model))
         for source in sorted(model.model.iterdir()):
             if source.is_file() and source.name not in STEP_FILES:
                 _link_or_copy(source, ctx.output / source.name)

@@ -72,7 +72,7 @@ class MergeAdapterWeights:
                 hint="leave base out",
             )
         planned = Spec(kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision)
-        largest = max((math.prod(tensor.shape) for tensor in spec.tensors), default=0)
+        largest = max((tensor.nbytes for tensor in spec.tensors), default=0)
         notes: tuple[str, ...] = ()
         if spec.base_quantization is not None:
             dequantized = config.base != "original"
@@ -84,7 +84,7 @@ class MergeAdapterWeights:
         return Planned(
             planned,
             Estimate(
-                ram=(150 << 20) + largest * (8 if spec.base_quantization else 4) + 2 * ROWS_BYTES,
+                ram=(60 << 20) + largest + 4 * ROWS_BYTES,
                 disk=spec.bytes,
                 seconds=1.0 + spec.bytes / 200e6 * (4 if spec.base_quantization else 1),
             ),

@@ -136,6 +136,7 @@ class ModelBuilder:
             hf_config,
             generation,
             threads=ctx.hardware.cores if choice.provider == "cpu" else None,
+            spinning=choice.spinning,
             search=resolved.search,
             provider_options=_provider_options(resolved, choice),
             inputs_embeds=choice.form.exclude_embeds,
