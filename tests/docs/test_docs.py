@@ -22,12 +22,20 @@ def test_the_pass_reference_is_current() -> None:
     assert (ROOT / "docs" / "passes.md").read_text(encoding="utf-8") == module.page(), "run python docs/make_passes.py"
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/config.md", "docs/proof.md"])
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/config.md", "docs/proof.md", "docs/adapters.md",
+                                   "docs/families.md", "docs/profiles.md"])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_family_is_in_the_docs() -> None:
+    from coldpress.artifacts.families import FAMILIES
+
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert [name for name in FAMILIES if f"`{name}`" not in text] == []
 
 
 def test_the_limits_of_the_docs_are_those_of_the_code() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-import google.protobuf.message  # type: ignore[import-untyped]
+import google.protobuf.message
 import numpy as np
 import onnx_ir as ir
 
