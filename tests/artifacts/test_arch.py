@@ -134,3 +134,51 @@ def test_what_cannot_be_built_is_said(change: dict[str, Any], error: type[Except
 
 def test_rows_are_named_by_their_model_type() -> None:
     assert all(name == row.model_type for name, row in FAMILIES.items())
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # What matters of the config.json of published models, and what the builder must make of it.
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+         "max_window_layers": 24, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+         "tie_word_embeddings": True, "use_sliding_window": False, "hidden_act": "silu"},
+        {"head_dim": 64, "qkv_bias": True, "o_bias": False, "tied": True, "windows": (None,) * 24},
+    ),
+    "gemma-2-2b": (
+        {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256,
+         "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+         "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8,
+         "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+         "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000},
+        {"tied": True, "activation": "gelu_tanh", "windows": (4096, None) * 13},
+    ),
+    "gemma-3-1b": (
+        {"model_type": "gemma3_text", "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256,
+         "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+         "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26,
+         "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+         "vocab_size": 262144},
+        {"tied": True, "windows": ((512,) * 5 + (None,)) * 4 + (512,) * 2},
+    ),
+    "pythia-160m": (
+        {"model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768, "intermediate_size": 3072,
+         "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
+         "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True,
+         "vocab_size": 50304},
+        {"parallel": True, "qkv_bias": True, "tied": False, "activation": "gelu"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_as_they_were_published(name: str) -> None:
+    config, expected = PUBLISHED[name]
+    arch = arch_from_config(config)
+    assert {key: getattr(arch, key) for key in expected} == expected
+    if name == "gemma-3-1b":
+        assert [arch.ropes[layer].theta for layer in (4, 5)] == [10000.0, 1000000.0]
+        assert arch.scales.embedding == 1152**0.5
+    if name == "pythia-160m":
+        assert arch.rope.dim == 16

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 
 from coldpress.artifacts.base import AdapterSpec, Artifact, Spec
+from coldpress.artifacts.tensors import TensorInfo
 from coldpress.errors import CheckpointError, PlanError, UnsupportedModelError
 from coldpress.graph.form import EMBEDDING, HEAD
 from coldpress.hardware import detect
@@ -274,7 +275,6 @@ def test_extra_options_win(built: Callable[..., Path]) -> None:
     [
         ({"precision": "fp16"}, "FLOAT16"),
         ({"precision": "bf16"}, "BFLOAT16"),
-        ({"precision": "fp32"}, "FLOAT"),
         ({"precision": "int4"}, "FLOAT16"),
         ({"precision": "int4", "use_cuda_bf16": True}, "BFLOAT16"),
         ({"precision": "int8"}, "FLOAT16"),
@@ -313,9 +313,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"precision": "fp16"}, "fp16 is not for the CPU"),
     ({"metadata_only": True}, "metadata_only takes an ONNX model"),
     ({"extra_options": {"config_only": True}}, "metadata_only takes an ONNX model"),
-    ({"use_qdq": True}, "use_qdq is not built; the nearest is"),
+    ({"precision": "fp32", "use_qdq": True}, "use_qdq has no effect at precision fp32"),
+    ({"use_qdq": True, "int4_algo_config": "hqq"}, "DequantizeLinear does not take; the nearest is k_quant"),
+    ({"int4_algo_config": "hqq", "int4_is_symmetric": True}, "hqq fits zero points"),
+    ({"int4_algo_config": "hqq", "precision": "int8"}, "hqq is for int4"),
     ({"use_8bits_moe": True}, "mixtures of experts"),
-    ({"use_webgpu_fp32": True}, "WebGPU"),
+    ({"use_webgpu_fp32": True}, "use_webgpu_fp32 wants WebGpuExecutionProvider"),
     ({"use_cuda_bf16": True}, "wants CUDAExecutionProvider"),
     ({"enable_cuda_graph": True}, "wants CUDAExecutionProvider"),
     ({"precision": "fp32", "int4_block_size": 32}, "int4_block_size has no effect at precision fp32"),
@@ -334,6 +337,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "inputs"}, "adapter: inputs needs a model with an adapter, or adapter_modules"),
     ({"adapter": "inputs", "adapter_modules": ["q_proj", "embed_tokens", "qkv_proj"]}, "reach embed_tokens, qkv_proj; adap"),
     ({"adapter_modules": ["q_proj"]}, "adapter_modules is for adapter: inputs"),
+    ({"prompt_graph": "int8", "precision": "fp32"}, "prompt_graph has no effect at precision fp32"),
+    ({"prompt_graph": "int8", "padding": "left"}, "prompt_graph is for onnxruntime-genai"),
+    ({"prompt_graph": "int8", "adapter": "inputs", "adapter_modules": ["q_proj"]}, "prompt_graph is not built"),
+    ({"prompt_graph": "int8", "exclude_embeds": True}, "leave exclude_embeds out"),
+    ({"prompt_graph": "int8", "int4_op_types_to_quantize": ["Gather"]}, "prompt_graph: the options leave no product"),
 ]
 
 
@@ -380,6 +388,22 @@ def test_plan_knows_what_it_cannot_take(checkpoints: Callable[[str], Path]) -> N
         plan(config={**spec.config, "num_hidden_layers": 1})
     unknown = plan(unknown="the registry was not reached", config={}, tensors=())
     assert "unknown" in unknown.notes[0]
+
+
+def test_what_older_checkpoints_carry_besides_is_passed_over(checkpoints: Callable[[str], Path]) -> None:
+    from dataclasses import replace
+
+    env, config = PlanContext(detect(), CPU, {}, {}), ModelBuilderConfig(precision="int4")
+    spec = Artifact.load(checkpoints("gpt-neox")).describe()
+
+    def plan(name: str) -> Any:
+        extra = TensorInfo.of(name, "bool", (1, 1, 128, 128))
+        return ModelBuilder().plan(config, replace(spec, tensors=(*spec.tensors, extra)), env)
+
+    plan("gpt_neox.layers.0.attention.bias")
+    plan("gpt_neox.layers.0.attention.rotary_emb.inv_freq")
+    with pytest.raises(CheckpointError, match="has no place"):
+        plan("gpt_neox.layers.0.attention.other")
 
 
 def test_plan_is_light(checkpoints: Callable[[str], Path]) -> None:

@@ -129,6 +129,8 @@ class Family:
     """Values of keys that `config.json` may leave out because they are the config class's own."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Config keys that must be absent, null or false, and why."""
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Ends of the names of tensors that older checkpoints carry and the config says better."""
 
 
 def _windows_if_used(values: Values, layer: int) -> bool:
@@ -362,6 +364,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             o_bias="attention_bias",
             mlp_bias=True,
             keys={"norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+            ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
             defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "gelu", "rotary_pct": 0.25,
                       "use_parallel_residual": True, "attention_bias": True},
         ),

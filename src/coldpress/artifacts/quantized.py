@@ -24,6 +24,7 @@ from coldpress.artifacts.stored import (
     int8,
     packed_int32,
 )
+from coldpress.artifacts.stored_experts import is_turned, mxfp4_experts
 from coldpress.artifacts.tensors import TensorInfo, TensorSet, TensorSource
 from coldpress.errors import CheckpointError, PlanError
 
@@ -74,7 +75,7 @@ class Checkpoint:
             if info.name not in parts and not (self._stored and info.name.endswith(_RUNTIME_ONLY))
         }
         self.packings: Mapping[str, Packing | str] = MappingProxyType(
-            {name: matrix.packing for name, matrix in self._stored.items()}
+            {name: matrix.packing for name, matrix in self._stored.items() if not is_turned(name)}
         )
 
     def __enter__(self) -> Checkpoint:
@@ -91,7 +92,7 @@ class Checkpoint:
 
     def infos(self) -> Iterator[TensorInfo]:
         yield from self._plain.values()
-        yield from (matrix.info for matrix in self._stored.values())
+        yield from (matrix.info for name, matrix in self._stored.items() if not is_turned(name))
 
     def info(self, name: str) -> TensorInfo:
         if name in self._stored:
@@ -250,6 +251,11 @@ def _bitsandbytes(tensors: TensorSet, settings: Mapping[str, Any]) -> Recognized
             yield bitsandbytes_4bit(tensors, layer, layer + suffix)
 
 
+def _mxfp4(tensors: TensorSet, settings: Mapping[str, Any]) -> Recognized:
+    for name in _layers(tensors, "_blocks"):
+        yield from mxfp4_experts(tensors, name)
+
+
 _METHODS: Mapping[str, Callable[[TensorSet, Mapping[str, Any]], Recognized]] = {
     "gptq": _gptq,
     "awq": _awq,
@@ -257,4 +263,5 @@ _METHODS: Mapping[str, Callable[[TensorSet, Mapping[str, Any]], Recognized]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
 }

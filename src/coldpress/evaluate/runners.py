@@ -252,6 +252,9 @@ class OnnxRunner:
     A graph with LoRA inputs is given `adapter`: the file that was made for it, where there is one, else its weights.
     The session is made when it is first asked: while a reference goes through its blocks, its weights need not wait in
     memory. Where the graph says so (`EVALUATION_GRAPH`), another one over the same data file is run in its place.
+
+    A model with a graph of its own for prompts is asked as it is used: that graph takes the first half of a sequence,
+    the other goes on from its cache.
     """
 
     def __init__(
@@ -278,7 +281,9 @@ class OnnxRunner:
         self._options: Any = None
         if adapter is not None:
             self._take(folder / f"{ADAPTER_FILE}{FORMATS['onnx_adapter']}", adapter)
+        self._prompt_graph = _prompt_graph(folder, genai)
         self._opened: Any = None
+        self._opened_prompt: Any = None
         self.vocab_size = int(genai.get("vocab_size") or self._session.get_outputs()[0].shape[-1])
         limit = genai.get("context_length")
         self.context_length = None if limit is None else int(limit)
@@ -286,9 +291,12 @@ class OnnxRunner:
     @property
     def _session(self) -> Any:
         if self._opened is None:
-            other = self._metadata().get(EVALUATION_GRAPH)
-            self._opened = self._open(self._graph if other is None else self._beside(other))
+            self._opened = self._open_for_all_logits(self._graph)
         return self._opened
+
+    def _open_for_all_logits(self, graph: Path) -> Any:
+        other = _metadata(graph).get(EVALUATION_GRAPH)
+        return self._open(graph if other is None else self._beside(other))
 
     def _take(self, file: Path, adapter: Path) -> None:
         import onnxruntime
@@ -304,16 +312,6 @@ class OnnxRunner:
             return
         with AdapterWeights.open(adapter) as weights:
             self._lora = lora_inputs(weights)
-
-    def _metadata(self) -> Mapping[str, str]:
-        """Of the graph, without its weights: a session would prepare them first."""
-        import onnx_ir
-        from google.protobuf.message import DecodeError
-
-        try:
-            return onnx_ir.load(self._graph).metadata_props
-        except (DecodeError, ValueError):
-            return {}  # the session will say what is wrong with it
 
     def _beside(self, name: str) -> Path:
         """The file of the model's folder that the graph names."""
@@ -343,6 +341,8 @@ class OnnxRunner:
     def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
         import numpy as np
 
+        if self._prompt_graph is not None:
+            return [self._handed_over(ids, self._prompt_graph) for ids in batch]
         rows, longest = len(batch), max(len(ids) for ids in batch)
         ids = np.zeros((rows, longest), np.int64)
         mask = np.zeros((rows, longest), np.int64)
@@ -362,8 +362,48 @@ class OnnxRunner:
         (out,) = self._session.run(["logits"], feeds, self._options)
         return [out[row, : len(one)].astype(np.float32, copy=False) for row, one in enumerate(batch)]
 
+    def _handed_over(self, ids: Sequence[int], prompt_graph: Path) -> Logits:
+        """Logits of a sequence through the prompt's graph and, from the middle on, through the other."""
+        import numpy as np
+
+        if self._opened_prompt is None:
+            self._opened_prompt = self._open_for_all_logits(prompt_graph)
+        middle = (len(ids) + 1) // 2
+        found: list[Logits] = []
+        caches = [one for one in self._session.get_inputs() if one.name.startswith("past_key_values.")]
+        past = {one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), _FLOATS[one.type]) for one in caches}
+        for session, new in ((self._opened_prompt, ids[:middle]), (self._session, ids[middle:])):
+            if len(new):
+                length = next(iter(past.values())).shape[2] + len(new)
+                feeds = {"input_ids": np.array([new], np.int64), "attention_mask": np.ones((1, length), np.int64)}
+                presents = [name.replace("past_key_values", "present") for name in past]
+                logits, *caches_now = session.run(["logits", *presents], {**feeds, **past})
+                found.append(logits[0].astype(np.float32, copy=False))
+                past = dict(zip(past, caches_now, strict=True))
+        return np.concatenate(found)
+
     def close(self) -> None:
-        self._opened = None
+        self._opened = self._opened_prompt = None
+
+
+def _metadata(graph: Path) -> Mapping[str, str]:
+    """Of a graph, without its weights: a session would prepare them first."""
+    import onnx_ir
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx_ir.load(graph).metadata_props
+    except (DecodeError, ValueError, OSError):
+        return {}  # the session will say what is wrong with it
+
+
+def _prompt_graph(folder: Path, genai: dict[str, Any]) -> Path | None:
+    """The graph that GenAI runs in place of the first one for more than one token."""
+    for stages in genai.get("decoder", {}).get("pipeline", []):
+        for stage in stages.values():
+            if not stage.get("run_on_token_gen", True):
+                return folder / str(stage["filename"])
+    return None
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from coldpress.artifacts.arch import Arch, Rows
+from coldpress.artifacts.stored_experts import turned
 from coldpress.artifacts.tensors import TensorSource
 from coldpress.graph.form import Form, Quantization
 from coldpress.graph.linear import LinearWriter
@@ -208,7 +209,10 @@ class ExpertWriter:
         k, n = sizes[::-1] if which == "gate_up" else sizes
         if len(names.gate_up) > 1:
             return NamedExperts(self.tensors, tuple(f"{name}.weight" for name in full), mixture.experts, n, k)
-        return TurnedExperts(self.tensors, full[0], mixture.experts, 2 * n if which == "gate_up" else n, k)
+        each = 2 * n if which == "gate_up" else n
+        if turned(full[0]) in self.tensors:
+            return Matrix(self.tensors, (Rows(turned(full[0]), 0, mixture.experts * each),), k)
+        return TurnedExperts(self.tensors, full[0], mixture.experts, each, k)
 
     def _bias(self, layer: int, which: str) -> ir.Value | None:
         """[E, n]."""

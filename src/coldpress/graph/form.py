@@ -25,6 +25,7 @@ __all__ = [
     "mixed_layers",
     "packs_qkv",
     "products",
+    "prompt_bytes",
     "routers",
 ]
 
@@ -76,6 +77,9 @@ class Form:
     """Output is `hidden_states` instead of `logits`."""
     include_hidden_states: bool = False
     """Output is `hidden_states` besides `logits`."""
+    int8_tokens: bool = False
+    """Quantized products, the head apart, in int8: one scale for each row of W, one for each token's activations. For
+    prompts; see `graph.int8_tokens`."""
     lora_modules: frozenset[str] = frozenset()
     """Last parts of the names of the linear layers that LoRA adapters may change at run time; see `graph.lora`."""
     qdq: bool = False
@@ -187,6 +191,12 @@ def _expert_bytes(arch: Arch, form: Form, q: Quantization | None) -> int:
             row = k * q.bits // 8 + blocks * width + (0 if q.symmetric else -(-blocks * q.bits // 8))
         total += n * (row + arch.family.experts.bias * width)
     return total * arch.mixture.experts
+
+
+def prompt_bytes(arch: Arch, form: Form) -> int:
+    """Bytes that the weights of an int8 graph for prompts add to those of `form`."""
+    added = [linear for name, linear in products(arch, form) if name != HEAD and name in form.nodes]
+    return sum(linear.n * (linear.k + _WIDTH[form.io]) for linear in added)
 
 
 def data_bytes(arch: Arch, form: Form) -> int:

@@ -58,12 +58,14 @@ def genai_config(
     position_ids: bool = False,
     inputs_embeds: bool = False,
     outputs: tuple[str, ...] = ("logits",),
+    prompt_file: str | None = None,
 ) -> dict[str, Any]:
     """The content of genai_config.json.
 
     `config` and `generation` are the checkpoint's config.json and generation_config.json; `threads` those of the CPU
-    provider, None elsewhere, and whether they spin; `session_options` are ONNX Runtime's own, by name; `search` is laid over the search
-    settings, `outputs` are the graph's besides the KV cache.
+    provider, None elsewhere, and whether they spin; `session_options` are ONNX Runtime's own, by name; `search` is laid
+    over the search settings, `outputs` are the graph's besides the KV cache.
+    `prompt_file` is a graph of the same inputs and outputs that runs in place of model.onnx for more than one token.
     """
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
@@ -105,6 +107,9 @@ def genai_config(
             },
         },
     }
+    if prompt_file is not None:
+        model["type"] = "decoder-pipeline"
+        model["decoder"]["pipeline"] = [_pipeline(arch, prompt_file)]
     for name, ids in (("bos_token_id", bos[:1]), ("eos_token_id", eos), ("pad_token_id", pad[:1])):
         if ids:
             model[name] = ids[0] if len(ids) == 1 else ids
@@ -114,6 +119,19 @@ def genai_config(
     settings["max_length"] = min(arch.context_length, MAX_LENGTH)
     settings["past_present_share_buffer"] = True
     return {"model": model, "search": {**settings, **(search or {})}}
+
+
+def _pipeline(arch: Arch, prompt_file: str) -> dict[str, Any]:
+    """Two graphs over one KV cache: onnxruntime-genai runs the first where it is given more than one token."""
+    caches = [f"{layer}.{part}" for layer in range(arch.layers) for part in ("key", "value")]
+    names = {
+        "inputs": ["input_ids", "attention_mask", *(f"past_key_values.{cache}" for cache in caches)],
+        "outputs": ["logits", *(f"present.{cache}" for cache in caches)],
+    }
+    return {
+        "prompt": {"filename": prompt_file, **names, "run_on_prompt": True, "run_on_token_gen": False},
+        "decode": {"filename": "model.onnx", **names, "run_on_prompt": False, "run_on_token_gen": True},
+    }
 
 
 def _token_ids(*values: Any) -> list[int]:

@@ -1,6 +1,6 @@
 """Matrix products, vectors and the embedding of a decoder: each as floats, or in blocks of 4 or 8 bits.
 
-x [B, S, k] -> x W^T + b [B, S, n]        floats: MatMul       blocks: com.microsoft.MatMulNBits
+x [B, S, k] -> x W^T + b [B, S, n]        floats: MatMul       blocks: com.microsoft.MatMulNBits, or `int8_tokens`
 ids [B, S]  -> rows [B, S, hidden]        floats: Gather       blocks: com.microsoft.GatherBlockQuantized
 """
 
@@ -16,6 +16,7 @@ from coldpress.artifacts.quantized import CodedSource
 from coldpress.artifacts.stored import Packing
 from coldpress.artifacts.tensors import TensorSource
 from coldpress.graph.form import EMBEDDING, HEAD, Form, Quantization, products, routers
+from coldpress.graph.int8_tokens import Int8Matrix, Int8Tokens
 from coldpress.graph.lora import LoraInputs
 from coldpress.graph.ops import FLOATS, MICROSOFT, GraphWriter
 from coldpress.graph.qdq import dequantized
@@ -33,6 +34,7 @@ class LinearWriter:
         self.io = FLOATS[form.io]
         self.products = dict((*products(arch, form), *routers(arch)))
         self.lora = LoraInputs(form.lora_modules, tensors, graph, self.io)
+        self.int8 = Int8Tokens(graph)
         self._orders: dict[str, ir.Value] = {}
         """Orders of columns by their digest."""
         self._shared: tuple[Place, ...] = ()
@@ -48,7 +50,9 @@ class LinearWriter:
         """x W^T, and + b where the layer has a bias, and what adapters add."""
         linear, q = self.products[name], self.form.nodes.get(name)
         shared = self._shared if name == HEAD else ()
-        if q is not None and self.form.qdq:
+        if q is not None and self.form.int8_tokens and name != HEAD:
+            y = self.int8.product(name, x, Int8Matrix(_tensor_name(name), self._matrix(linear)))
+        elif q is not None and self.form.qdq:
             fed = x if q.taken is None else self._ordered(name, linear, x, q.taken)
             w = dequantized(self.graph, self._quantized(name, linear, q), q.block_size, name)
             y = self.graph.op("MatMul", [fed, w], name=name)

@@ -11,9 +11,10 @@ One round (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learni
 Rounds end when the mean of |r| no longer falls, and the best z is kept; the first is that of round-to-nearest, so the
 mean error is never larger than its.
 
-Where this departs: their p is 0.7; 11/16 is made of square roots, which run eight at a time. The authors measure r in the weights' own unit, so that beta means another thing for each matrix,
-and stop for a matrix as a whole; here r is in steps and each block stops for itself, so that the result depends neither
-on the size of the weights nor on how rows are cut into chunks. They round z at 4 bits before the first round, as here.
+Where this departs: their p is 0.7; 11/16 is made of square roots, which run eight at a time. They measure r in the
+weights' own unit, so that beta means another thing for each matrix, and stop for a matrix as a whole; here r is in
+steps and each block stops for itself, so that the result depends neither on the size of the weights nor on how rows
+are cut into chunks. As theirs at 4 bits, the first z is rounded.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ __all__ = [
     "load_block",
     "lowest_highest",
     "quantize",
+    "quantize_rows",
     "unpack",
 ]
 
@@ -212,6 +213,22 @@ def quantize(
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    return _in_blocks(weights, bits, block_size, symmetric, candidates)
+
+
+def quantize_rows(weights: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], Floats]:
+    """W [n, k] at 8 bits with one scale for each row: signed codes [n, k] and scales [n]; W' = code * scale.
+
+    As a symmetric block as long as the row: the scale is w_peak / -128. Raises NonFiniteWeightError.
+    """
+    k = weights.shape[1]
+    whole = _in_blocks(weights, 8, k + k % 2, True, 1)  # the kernel packs codes in pairs
+    codes = whole.codes[:, 0]
+    codes ^= np.uint8(128)  # code - 128, as a signed byte
+    return codes.view(np.int8)[:, :k], whole.scales[:, 0]
+
+
+def _in_blocks(weights: npt.NDArray[Any], bits: int, block_size: int, symmetric: bool, candidates: int) -> Quantized:
     n, k = weights.shape
     blocks = -(-k // block_size)
     patterns, shift = bit_patterns(weights)

@@ -16,6 +16,10 @@ from coldpress.artifacts.stored import Packing
 from coldpress.config.schema import Frozen
 from coldpress.errors import PlanError
 from coldpress.graph.form import EMBEDDING, HEAD, FloatType, Form, Quantization, mixed_layers, products
+from coldpress.passes.builder_experts import against_experts, expert_columns, expert_notes, experts_quantized
+from coldpress.passes.builder_extra import translated
+from coldpress.passes.builder_providers import PROVIDERS, Provider, limited, missing, provider_of
+from coldpress.passes.builder_prompt import against_prompt_graph, prompt_form, prompt_note
 from coldpress.passes.builder_taken import take_over
 from coldpress.registry import nearest
 
@@ -23,7 +27,7 @@ __all__ = ["Choice", "ModelBuilderConfig", "choose", "main_quantization", "resol
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Algorithm = Literal[
-    "default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_down", "k_quant_mixed", "k_quant_linear"
+    "default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_down", "k_quant_mixed", "k_quant_linear", "hqq"
 ]
 Profile = Literal["fast", "balanced", "accurate"]
 
@@ -32,8 +36,8 @@ class ModelBuilderConfig(Frozen):
     """Parameters of ModelBuilder."""
 
     precision: Precision
-    """Of the weights. On the CPU fp32, int8 or int4; on CUDA also fp16 and bf16. int8 and int4 compute in fp32 on the
-    CPU and in fp16 on CUDA."""
+    """Of the weights: int8, int4, and on the CPU fp32, on CUDA fp16 or bf16, on DirectML and WebGPU fp32 or fp16. int8
+    and int4 compute in fp32 on the CPU and in fp16 elsewhere."""
     profile: Profile = "balanced"
     """What options that are left out come to, on the CPU. fast: int4 blocks of 128, one int4 matrix for embedding and head
     where the model ties them, gate and up in one product, and logits for the last token only; balanced: blocks of 32 and
@@ -45,11 +49,11 @@ class ModelBuilderConfig(Frozen):
     """Laid over the `search` section of genai_config.json (max_length, temperature ...)."""
     int4_accuracy_level: Literal[0, 1, 2, 3, 4] | None = None
     """What quantized products compute in: 1 fp32, 2 fp16, 3 bf16, 4 int8, 0 the kernel's choice; null: 4 on the CPU, 0
-    on CUDA. For int8 weights too."""
+    elsewhere. For int8 weights too."""
     int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
     """Weights that share a scale, for int4 and int8; null: 32 for int4, 128 for int8 (32 where rows do not divide)."""
     int4_is_symmetric: bool | None = None
-    """False stores a zero point for each block; null: true."""
+    """False stores a zero point for each block; null: true, but for hqq and DirectML, which want zero points."""
     int4_op_types_to_quantize: tuple[str, ...] | None = None
     """MatMul, Gather or both; null: MatMul, and on the CPU the embedding at 8 bits. Gather quantizes the embedding at
     the bits of `precision`; a head that is tied to it then shares its bytes."""
@@ -58,8 +62,8 @@ class ModelBuilderConfig(Frozen):
     int4_algo_config: Algorithm | None = None
     """default and rtn take each block's scale from its greatest weight; k_quant tries five scales and takes the one
     with the least squared error. `_last` keeps the head at 8 bits; `_down` also every third down projection and those
-    of the first and last layers; `_mixed` these, and query, key and value of the same layers. null is k_quant for int4,
-    rtn for int8."""
+    of the first and last layers; `_mixed` these, and query, key and value of the same layers. hqq (int4 only) fits zero
+    points that are floats; an embedding at 4 bits stays k_quant. null is k_quant for int4, rtn for int8."""
     shared_embeddings: bool | None = None
     """Embedding and head as one quantized matrix, where the model ties them; null: as the profile says."""
     prune_lm_head: bool | None = None
@@ -72,15 +76,20 @@ class ModelBuilderConfig(Frozen):
     allow_spinning: bool | None = None
     """Whether ONNX Runtime's threads wait for work by spinning. On two cores it decodes 7 % faster on a quiet machine
     and takes twice the time beside other work; null: in the profile fast. It is a line in genai_config.json."""
+    prompt_graph: Literal["int8"] | None = None
+    """int8: prompts go through a second graph, whose products but the head are in int8, with a scale for each output of
+    the weights and for each token of the activations; the first graph generates from the cache it leaves. About a byte
+    more for each weight, on disk and in memory; for x86 CPUs with VNNI or AMX."""
     padding: Literal["right", "left"] = "right"
     """left: a graph for plain ONNX Runtime with `position_ids` as an input, right for rows padded on either side;
     onnxruntime-genai does not run it, so it comes without genai_config.json."""
     use_qdq: bool = False
-    """DequantizeLinear + MatMul instead of MatMulNBits. Not built."""
+    """DequantizeLinear + MatMul, standard operators, instead of MatMulNBits, with the same codes; ONNX Runtime makes
+    MatMulNBits of them on the CPU. The embedding stays with GatherBlockQuantized."""
     use_8bits_moe: bool = False
-    """Experts at 8 bits. There is no mixture of experts among the families yet."""
+    """Experts of a mixture at 8 bits, whatever the other products have."""
     use_webgpu_fp32: bool = False
-    """fp32 activations for WebGPU, which is not built."""
+    """WebGPU with int4 or int8 weights: activations in fp32 instead of fp16."""
     use_cuda_bf16: bool = False
     """CUDA with int4 or int8 weights: activations in bf16 instead of fp16."""
     include_hidden_states: bool = False
@@ -102,37 +111,10 @@ class ModelBuilderConfig(Frozen):
     """The same options under the names of onnxruntime-genai's builder; they win over the ones above."""
 
 
-# Name in extra_options -> option. The builder knows them with and without "int4_".
-_EXTRA: Mapping[str, str] = {
-    **{
-        f"{prefix}{name}": f"int4_{name}"
-        for prefix in ("", "int4_")
-        for name in (
-            "accuracy_level", "block_size", "is_symmetric", "op_types_to_quantize", "nodes_to_exclude", "algo_config"
-        )
-    },
-    **{
-        name: name
-        for name in (
-            "use_qdq", "use_8bits_moe", "use_webgpu_fp32", "use_cuda_bf16", "include_hidden_states", "exclude_embeds",
-            "exclude_lm_head", "enable_cuda_graph", "shared_embeddings", "prune_lm_head", "fuse_mlp_gate_up",
-            "disable_qkv_fusion",
-        )
-    },
-    "config_only": "metadata_only",
-}  # fmt: skip
-_SEPARATOR: Mapping[str, str] = {"int4_op_types_to_quantize": "/", "int4_nodes_to_exclude": ","}
-
 _REFUSED: Mapping[str, str] = {
     "metadata_only": "metadata_only takes an ONNX model that another pass made, and none here makes one; leave it out: "
     "ModelBuilder writes genai_config.json beside the model",
-    "use_qdq": "use_qdq is not built; the nearest is the default, MatMulNBits nodes, which ONNX Runtime's CPU and CUDA "
-    "providers run without rewriting",
-    "use_8bits_moe": "use_8bits_moe is for mixtures of experts, and the builder has no such family; leave it out",
-    "use_webgpu_fp32": "use_webgpu_fp32 is for WebGPU, which is not built; the nearest is the CPU, where int4 and int8 "
-    "models compute in fp32",
 }
-_PROVIDERS: Mapping[str, Literal["cpu", "cuda"]] = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 _HALF: Mapping[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16"}
 _CANDIDATES = 5
 """Scales that k_quant tries for a block. On phi3-7m, block 32: KL 0.0197 with 1, 0.0178 with 5, 7 and 19."""
@@ -163,10 +145,13 @@ class Choice:
 
     arch: Arch
     form: Form
-    provider: Literal["cpu", "cuda"]
+    provider: str
+    """onnxruntime-genai's name of it."""
     notes: tuple[str, ...]
     spinning: bool
     """Of the runtime's threads, on the CPU."""
+    prompt: Form | None = None
+    """Of the graph for prompts, where there is one."""
 
 
 def main_quantization(form: Form) -> Quantization:
@@ -176,24 +161,10 @@ def main_quantization(form: Form) -> Quantization:
 
 def resolve(config: ModelBuilderConfig) -> tuple[ModelBuilderConfig, tuple[str, ...]]:
     """The config with extra_options worked in; raises PlanError with every option that is unknown or not built."""
-    values, problems = config.model_dump(exclude={"extra_options"}), []
-    for key, value in config.extra_options.items():
-        if key not in _EXTRA:
-            close = nearest(key, _EXTRA)
-            near = f"; the nearest is {close}" if close else f"; built are {', '.join(sorted(_EXTRA))}"
-            problems.append(f"extra_options.{key} is not built{near}")
-            continue
-        option = _EXTRA[key]
-        if isinstance(value, str):
-            # The builder's command line gives text: 1/0 and true/false, lists with a separator.
-            if option in _SEPARATOR:
-                value = tuple(value.split(_SEPARATOR[option]))
-            elif value.lstrip("-").isdigit() and option in ("int4_accuracy_level", "int4_block_size"):
-                value = int(value)
-        values[option] = value
+    extra, problems = translated(config.extra_options, config.int4_algo_config)
     if not problems:
         try:
-            config = ModelBuilderConfig.model_validate(values)
+            config = ModelBuilderConfig.model_validate({**config.model_dump(exclude={"extra_options"}), **extra})
         except ValueError as error:
             problems.append(f"extra_options: {error}")
     problems += [reason for name, reason in _REFUSED.items() if getattr(config, name)]
@@ -225,10 +196,12 @@ def choose(
     config, _ = resolve(config)
     arch = arch_from_config(hf_config)
     problems: list[str] = []
-    provider = _PROVIDERS.get(provider_name)
-    if provider is None:
-        problems.append(f"{provider_name} is not built; the builder has: {', '.join(_PROVIDERS)}")
-        provider = "cpu"
+    kernels = provider_of(provider_name)
+    if isinstance(kernels, str):
+        problems.append(kernels)
+        kernels = PROVIDERS["CPUExecutionProvider"]
+    provider = kernels.key
+    arch, cut = limited(kernels, arch)
     io: FloatType = _HALF.get(config.precision, "float32")
     quantized = config.precision in ("int4", "int8")
     if config.fuse_mlp_gate_up and not arch.family.gated:
@@ -241,9 +214,10 @@ def choose(
         problems.append(f"profile {config.profile} is measured on the CPU only; leave it out")
     if provider == "cpu":
         problems += _against_cpu(config)
-    elif quantized:
-        io = "bfloat16" if config.use_cuda_bf16 else "float16"
-    if not quantized:
+    problems += _wrong_provider(config, provider)
+    if quantized:
+        io = "bfloat16" if config.use_cuda_bf16 else "float32" if config.use_webgpu_fp32 else kernels.quantized_io
+    else:
         problems += _without_quantization(config)
     if config.padding == "left":
         problems += _against_left_padding(config, provider)
@@ -257,10 +231,16 @@ def choose(
         exclude_embeds=config.exclude_embeds,
         exclude_lm_head=config.exclude_lm_head,
         include_hidden_states=config.include_hidden_states,
-        rope_switch="position_ids" if provider == "cpu" else "if",
+        qdq=config.use_qdq,
     )
-    nodes, more = _nodes(config, arch, form, provider) if quantized else ({}, [])
+    form = kernels.form(form)
+    if provider != "cpu":
+        problems += missing(kernels, arch, form)
+    nodes, more = _nodes(config, arch, form, kernels) if quantized else ({}, [])
+    more += against_experts(arch, provider, nodes, quantized=quantized, asked_for_8_bits=config.use_8bits_moe)
     lora_modules, against = _lora_modules(config, arch, adapter)
+    if config.prompt_graph:
+        more += against_prompt_graph(config, arch, replace(form, nodes=nodes), provider)
     _raise(problems + more + against)
     form, taken = take_over(
         arch,
@@ -269,9 +249,13 @@ def choose(
         block_size=config.int4_block_size,
         symmetric=config.int4_is_symmetric,
     )
-    notes = (*taken, *_notes(config, arch, form, provider), *_adapter_notes(form, adapter))
+    notes = (*taken, *_notes(config, arch, form, kernels), *expert_notes(arch, form), *cut,
+             *_adapter_notes(form, adapter))  # fmt: skip
     spinning = provider == "cpu" and _either(config.allow_spinning, profile.spinning)
-    return Choice(arch, form, provider, notes, spinning)
+    prompt = prompt_form(form) if config.prompt_graph else None
+    if prompt is not None:
+        notes = (*notes, prompt_note(arch, prompt))
+    return Choice(arch, form, provider, notes, spinning, prompt)
 
 
 def _lora_modules(
@@ -341,11 +325,16 @@ def _against_cpu(config: ModelBuilderConfig) -> list[str]:
             "precision fp16 is not for the CPU: ONNX Runtime computes it in fp32 there, so it is no faster; "
             "use fp32, int8 or int4, or CUDAExecutionProvider"
         )
-    if config.use_cuda_bf16:
-        found.append("use_cuda_bf16 wants CUDAExecutionProvider")
-    if config.enable_cuda_graph:
-        found.append("enable_cuda_graph wants CUDAExecutionProvider")
     return found
+
+
+def _wrong_provider(config: ModelBuilderConfig, provider: str) -> list[str]:
+    wanted = {"use_cuda_bf16": "CUDA", "enable_cuda_graph": "CUDA", "use_webgpu_fp32": "WebGpu"}
+    return [
+        f"{option} wants {name}ExecutionProvider"
+        for option, name in wanted.items()
+        if getattr(config, option) and provider != name.lower()
+    ]
 
 
 def _without_quantization(config: ModelBuilderConfig) -> list[str]:
@@ -355,25 +344,31 @@ def _without_quantization(config: ModelBuilderConfig) -> list[str]:
     found = [f"{name} has no effect at precision {config.precision}; it is for int4 and int8" for name in given]
     if config.use_cuda_bf16:
         found.append(f"use_cuda_bf16 is for int4 and int8; for {config.precision} say precision: bf16")
+    if config.use_webgpu_fp32:
+        found.append("use_webgpu_fp32 is for int4 and int8; for fp32 throughout say precision: fp32")
+    if config.use_qdq:
+        found.append(f"use_qdq has no effect at precision {config.precision}; it is for int4 and int8")
     if config.shared_embeddings is not None:
         found.append(f"shared_embeddings has no effect at precision {config.precision}: tied matrices are one there")
     return found
 
 
-def _quantization(config: ModelBuilderConfig, arch: Arch, provider: str) -> Quantization:
+def _quantization(config: ModelBuilderConfig, arch: Arch, kernels: Provider) -> Quantization:
     block_size: int | None = config.int4_block_size
     if block_size is None:
         wanted = 128 if config.precision == "int8" else _PROFILES[config.profile].block_size
-        wide = all(linear.k % wanted == 0 for _, linear in products(arch))
+        columns = (*(linear.k for _, linear in products(arch)), *expert_columns(arch))
+        wide = all(k % wanted == 0 for k in columns)
         block_size = wanted if wide else 32
     level: int | None = config.int4_accuracy_level
     algorithm = _algorithm(config)
+    symmetric = algorithm != "hqq" and kernels.symmetric
     return Quantization(
         bits=4 if config.precision == "int4" else 8,
         block_size=block_size,
-        symmetric=config.int4_is_symmetric is not False,
-        accuracy_level=(4 if provider == "cpu" else 0) if level is None else level,
-        candidates=_CANDIDATES if algorithm.startswith("k_quant") else 1,
+        symmetric=_either(config.int4_is_symmetric, symmetric),
+        accuracy_level=(4 if kernels.key == "cpu" else 0) if level is None else level,
+        candidates=_CANDIDATES if algorithm.startswith(("k_quant", "hqq")) else 1,
     )
 
 
@@ -384,13 +379,16 @@ def _algorithm(config: ModelBuilderConfig) -> str:
 
 
 def _nodes(
-    config: ModelBuilderConfig, arch: Arch, form: Form, provider: str
+    config: ModelBuilderConfig, arch: Arch, form: Form, kernels: Provider
 ) -> tuple[dict[str, Quantization], list[str]]:
     """How each quantized node is quantized, and what speaks against the choice."""
-    base = _quantization(config, arch, provider)
+    base, provider = _quantization(config, arch, kernels), kernels.key
     names = [name for name, _ in products(arch, form)]
     types = config.int4_op_types_to_quantize
     nodes = dict.fromkeys(names, base) if types is None or "MatMul" in types else {}
+    experts = experts_quantized(arch, base, in_8_bits=config.use_8bits_moe)
+    nodes |= experts if nodes else {}
+    known = (*names, *experts, EMBEDDING)
     if types is not None and "Gather" in types:
         nodes[EMBEDDING] = base
     elif types is None and provider == "cpu":
@@ -404,16 +402,21 @@ def _nodes(
             raised = {name for name in raised if name == HEAD or "/mlp/down" in name}
         nodes |= {name: replace(base, bits=8) for name in raised if name in nodes}
     shared = config.shared_embeddings
-    if _either(shared, _PROFILES[config.profile].shared and provider == "cpu" and types is None and arch.tied):
+    by_profile = _PROFILES[config.profile].shared and provider == "cpu" and not config.use_qdq
+    shares = _either(shared, by_profile and types is None and arch.tied)
+    if shares:
         nodes[EMBEDDING] = nodes.get(HEAD, base)
-    problems = []
+    if algorithm == "hqq":  # GatherBlockQuantized takes no zero points that are floats
+        fitted = {name for name in names if name in nodes and not (shares and name == HEAD)}
+        nodes |= {name: replace(base, candidates=1, half_quadratic=True) for name in fitted}
+    problems = _against_quantization(config, kernels, quantizes_embedding=EMBEDDING in nodes)
     if shared and not arch.tied:
         problems.append("shared_embeddings: config.json says that head and embedding are different matrices")
     if shared and (config.exclude_embeds or config.exclude_lm_head):
         problems.append("shared_embeddings wants both embedding and head, and the options leave one out")
     for name in config.int4_nodes_to_exclude or ():
-        if name not in (*names, EMBEDDING):
-            close = nearest(name, (*names, EMBEDDING))
+        if name not in known:
+            close = nearest(name, known)
             problems.append(
                 f"int4_nodes_to_exclude names {name!r}, which the graph does not have"
                 + (f"; the nearest is {close}" if close else f"; it has {EMBEDDING}, {HEAD}, {names[0]} ...")
@@ -428,10 +431,38 @@ def _nodes(
     return nodes, problems
 
 
-def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, provider: str) -> tuple[str, ...]:
+def _against_quantization(config: ModelBuilderConfig, kernels: Provider, *, quantizes_embedding: bool) -> list[str]:
+    """What the options want of quantized products and the provider's kernels do not do."""
+    found, name = [], kernels.full_name
+    if _algorithm(config) == "hqq":
+        if config.precision != "int4":
+            found.append(
+                "hqq is for int4: ONNX Runtime 1.32 takes no float zero points at 8 bits, where rtn loses hardly anything"
+            )
+        if config.int4_is_symmetric:
+            found.append("hqq fits zero points, which int4_is_symmetric leaves out; the nearest is k_quant")
+        if config.use_qdq:
+            found.append("hqq has float zero points, which DequantizeLinear does not take; the nearest is k_quant")
+        if not kernels.float_zeros:
+            found.append(f"hqq has float zero points, which {name}'s MatMulNBits does not take; the nearest is k_quant")
+    if config.int4_is_symmetric and not kernels.symmetric and not config.use_qdq:
+        found.append(f"{name}'s MatMulNBits wants zero points: leave int4_is_symmetric out")
+    if quantizes_embedding and not kernels.gathers_blocks:
+        found.append(f"{name} has no GatherBlockQuantized: leave Gather and shared_embeddings out, and the embedding "
+                     "stays in floating point")  # fmt: skip
+    if config.use_qdq and not kernels.dequantizes:
+        found.append(f"{name} does not dequantize blocks of 4 bits: leave use_qdq out")
+    if config.use_qdq and config.shared_embeddings:
+        found.append("use_qdq keeps the head transposed, so that it cannot be the embedding: leave one of the two out")
+    return found
+
+
+def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, kernels: Provider) -> tuple[str, ...]:
     found = []
     if form.nodes and (q := main_quantization(form)).taken is None:
         scales = "scale from the peak" if q.candidates == 1 else f"best of {q.candidates} scales"
+        if q.half_quadratic:
+            scales = "zero points fitted (HQQ)"
         found.append(
             f"{config.precision} weights, block {q.block_size}, {'symmetric' if q.symmetric else 'asymmetric'}, "
             f"{scales}; activations {form.io}"
@@ -440,8 +471,10 @@ def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, provider: str) ->
         stored = form.nodes.get(EMBEDDING)
         how = form.io if stored is None else f"{stored.bits} bits"
         found.append(f"embedding at {how}" + (", shared with the head" if form.shares_embedding(arch) else ""))
-    if provider == "cuda":
-        found.append("built for CUDA and checked in structure only where there is no GPU")
+    if form.nodes and form.qdq:
+        found.append("products through DequantizeLinear and MatMul; the embedding through GatherBlockQuantized")
+    if kernels.key != "cpu":
+        found.append(f"built for {kernels.full_name} and checked in structure; it was not run")
     if form.prune_head:
         found.append("logits of the last token only; a second graph over the same data keeps all, for evaluation")
     if form.left_padding:

@@ -105,8 +105,8 @@ FLOAT_OPERATORS: Mapping[str, frozenset[str]] = {
         # run on the CPU wherever the provider lacks them. MatMulNBits and what stands below it are com.microsoft's.
         "cuda": """
             Add Cast Concat Div Expand Gather GatherND Identity If LayerNormalization MatMul Mul Reshape Sigmoid
-            SimplifiedLayerNormalization Slice Split Sub Tanh Unsqueeze
-            MatMulNBits FastGelu FusedMatMul GatherBlockQuantized Gelu GroupQueryAttention RotaryEmbedding
+            SimplifiedLayerNormalization Slice Softmax Split Sub Tanh Unsqueeze
+            MatMulNBits FastGelu FusedMatMul GatherBlockQuantized Gelu GroupQueryAttention MoE QMoE RotaryEmbedding
             SkipLayerNormalization SkipSimplifiedLayerNormalization""",
         "dml": """
             Add Cast Concat DequantizeLinear Div Expand Gather GatherND Identity If LayerNormalization MatMul Mul
@@ -116,8 +116,8 @@ FLOAT_OPERATORS: Mapping[str, frozenset[str]] = {
         "webgpu": """
             Add Cast Concat Div Expand Gather GatherND Identity If LayerNormalization MatMul Mul Reshape Sigmoid
             SimplifiedLayerNormalization Slice Split Sub Tanh Unsqueeze
-            MatMulNBits FastGelu GatherBlockQuantized Gelu GroupQueryAttention RotaryEmbedding SkipLayerNormalization
-            SkipSimplifiedLayerNormalization""",
+            MatMulNBits FastGelu GatherBlockQuantized Gelu GroupQueryAttention QMoE RotaryEmbedding
+            SkipLayerNormalization SkipSimplifiedLayerNormalization""",
     }.items()
 }
 

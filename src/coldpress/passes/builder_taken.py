@@ -9,7 +9,7 @@ from dataclasses import replace
 from coldpress.artifacts.arch import Arch
 from coldpress.artifacts.quantized import agreed_packing
 from coldpress.artifacts.stored import Packing
-from coldpress.graph.form import HEAD, FloatType, Form, Quantization, products
+from coldpress.graph.form import HEAD, FloatType, Form, Quantization, expert_nodes, products
 
 __all__ = ["none_taken", "take_over"]
 
@@ -44,6 +44,13 @@ def take_over(
             nodes[name] = Quantization(
                 packing.bits, packing.block_size, packing.symmetric, q.accuracy_level, taken=packing
             )
+    for name, layer in expert_nodes(arch).items():
+        for tensor, _ in arch.expert_tensors(layer):
+            if tensor in packings and name in nodes:
+                packing = packings[tensor]
+                again[packing if isinstance(packing, str) else "experts are put together in another order"] += 1
+            elif tensor in packings:
+                plain += 1
     notes = [f"taken over bit for bit: {count} matrices ({what})" for what, count in taken.items()]
     notes += [f"dequantized and quantized again: {count} matrices, as {why}" for why, count in again.items()]
     if plain:

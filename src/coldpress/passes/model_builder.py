@@ -15,9 +15,10 @@ from coldpress.artifacts.arch import Arch
 from coldpress.artifacts.base import Artifact, Spec, read_json
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
-from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes
+from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes, prompt_bytes
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 from coldpress.passes.builder_choice import Choice, ModelBuilderConfig, choose, main_quantization, resolve
+from coldpress.passes.builder_providers import PROVIDERS
 from coldpress.passes.builder_taken import none_taken
 from coldpress.passes.merge_adapter_weights import keep_adapter, with_adapter
 
@@ -36,8 +37,10 @@ _PROCESS_BYTES = 200 << 20
 """Python with onnx_ir and Numba."""
 _MODEL_FILE_BYTES = 1 << 20
 MODEL_FILE = "model.onnx"
-ALL_LOGITS_FILE = "model_all_logits.onnx"
-"""Beside a model with a pruned head: the same weights, logits of every token. Perplexity and parity need them."""
+PROMPT_FILE = "model_prompt.onnx"
+"""Beside model.onnx: the graph that runs for more than one token."""
+ALL_LOGITS: Mapping[str, str] = {MODEL_FILE: "model_all_logits.onnx", PROMPT_FILE: "model_prompt_all_logits.onnx"}
+"""Beside a graph with a pruned head: the same weights, logits of every token. Perplexity and parity need them."""
 
 
 class ModelBuilder:
@@ -72,13 +75,15 @@ class ModelBuilder:
         choice = choose(config, spec.config, provider, spec.adapter, packings)
         _check_tensors(choice.arch, {tensor.name: tensor.shape for tensor in spec.tensors})
         size = data_bytes(choice.arch, choice.form)
+        if choice.prompt is not None:
+            size += prompt_bytes(choice.arch, choice.prompt)
         quantized = bool(choice.form.nodes)
         searched = any(q.candidates > 1 for q in choice.form.nodes.values())
         rate = _PARAMETERS_PER_SECOND * env.hardware.cores * (1 if searched else 8)
         estimate = Estimate(
             ram=_PROCESS_BYTES + WRITE_BUDGET * (1 if spec.adapter is None else 2),
             disk=size + _MODEL_FILE_BYTES,
-            seconds=2.0 + spec.parameters / (rate if quantized else 0.5e9),
+            seconds=2.0 + spec.parameters / (rate if quantized else 0.5e9) * (1 if choice.prompt is None else 2),
         )
         return Planned(built, estimate, choice.notes)
 
@@ -113,10 +118,10 @@ class ModelBuilder:
             kept = None if merges else keep_adapter(model, ctx.output, choice.form.lora_modules)
             data = DataFile()
             graphs = {}
-            for name, form in _graphs(choice.form).items():
+            for name, form in _graphs(choice).items():
                 metadata = _provenance(resolved, replace(choice, form=form), coldpress.__version__)
-                if name == MODEL_FILE and form.prune_head:
-                    metadata["coldpress.evaluation_graph"] = ALL_LOGITS_FILE
+                if form.prune_head:
+                    metadata["coldpress.evaluation_graph"] = ALL_LOGITS[name]
                 producer = ("coldpress", coldpress.__version__)
                 graphs[name] = build_decoder(choice.arch, form, tensors, data, producer=producer, metadata=metadata)
             data.write(
@@ -138,20 +143,25 @@ class ModelBuilder:
             threads=ctx.hardware.cores if choice.provider == "cpu" else None,
             spinning=choice.spinning,
             search=resolved.search,
-            provider_options=_provider_options(resolved, choice),
+            provider_options=_provider_options(resolved, provider),
+            session_options=_session_options(choice),
+            position_ids=choice.form.takes_position_ids,
             inputs_embeds=choice.form.exclude_embeds,
             outputs=_outputs(choice.form),
+            prompt_file=None if choice.prompt is None else PROMPT_FILE,
         )
         text = json.dumps(genai, indent=4, ensure_ascii=False) + "\n"
         (ctx.output / "genai_config.json").write_text(text, encoding="utf-8")
         return artifact
 
 
-def _graphs(form: Form) -> dict[str, Form]:
+def _graphs(choice: Choice) -> dict[str, Form]:
     """File name and form of every graph over the one data file."""
-    graphs = {MODEL_FILE: form}
-    if form.prune_head:
-        graphs[ALL_LOGITS_FILE] = replace(form, prune_head=False)
+    graphs = {MODEL_FILE: choice.form}
+    if choice.prompt is not None:
+        graphs[PROMPT_FILE] = choice.prompt
+    if choice.form.prune_head:
+        graphs |= {ALL_LOGITS[name]: replace(form, prune_head=False) for name, form in graphs.items()}
     return graphs
 
 
@@ -161,10 +171,20 @@ def _outputs(form: Form) -> tuple[str, ...]:
     return (*logits, *hidden)
 
 
-def _provider_options(config: ModelBuilderConfig, choice: Choice) -> tuple[Mapping[str, Mapping[str, str]], ...]:
-    if choice.provider == "cpu":
+def _provider_options(config: ModelBuilderConfig, provider: str) -> tuple[Mapping[str, Mapping[str, str]], ...]:
+    known = PROVIDERS[provider]
+    if known.key == "cpu":
         return ()
-    return ({"cuda": {"enable_cuda_graph": "1" if config.enable_cuda_graph else "0"}},)
+    if known.key == "cuda":
+        return ({"cuda": {"enable_cuda_graph": "1" if config.enable_cuda_graph else "0"}},)
+    return ({known.key: known.options},)
+
+
+def _session_options(choice: Choice) -> Mapping[str, str]:
+    """The accuracy level of MatMulNBits nodes that ONNX Runtime makes by itself."""
+    if not (choice.form.qdq and choice.form.nodes):
+        return {}
+    return {"session.qdq_matmulnbits_accuracy_level": str(main_quantization(choice.form).accuracy_level)}
 
 
 def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dict[str, str]:
@@ -172,6 +192,8 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
     form = choice.form
     # GatherBlockQuantized reads uint8 codes since 1.23; the other operators are older than 1.22.
     runtime = "1.23" if EMBEDDING in form.nodes else "1.22"
+    if form.int8_tokens:
+        runtime = "1.25"  # before, ONNX Runtime multiplies int8 wrongly on AMX: its pull request 27671
     metadata = {
         "coldpress.version": version,
         "coldpress.precision": config.precision,
@@ -179,6 +201,8 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
         "coldpress.io_dtype": form.io,
         "coldpress.minimum_onnxruntime": runtime,
     }
+    if choice.provider != "cpu":
+        metadata["coldpress.checked"] = "structure only; not run"
     if form.nodes:
         q = main_quantization(form)
         metadata |= {
@@ -196,6 +220,8 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
 def _algorithm(q: Quantization) -> str:
     if q.taken is not None:
         return f"{q.taken.method}, as stored"
+    if q.half_quadratic:
+        return "hqq"
     return "rtn" if q.candidates == 1 else f"rtn, best of {q.candidates} scales"
 
 
@@ -208,12 +234,12 @@ def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    # Some checkpoints carry the tied head a second time, or the rope's frequencies.
+    # Some checkpoints carry the tied head a second time, or what can be computed.
     ignored = ("lm_head.weight",) if arch.tied else ()
     problems += [
         f"{name} has no place in a {arch.family.model_type} model of this config.json"
         for name in found
-        if name not in expected and name not in ignored and not name.endswith("rotary_emb.inv_freq")
+        if name not in expected and name not in ignored and not name.endswith(arch.family.ignored)
     ]
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
