@@ -111,7 +111,7 @@ def test_a_batch_padded_on_the_right(name: str, switch: str, tmp_path: Path, bui
 @pytest.mark.parametrize(
     "name",
     ["llama-gqa", "llama-head-24", "mistral-window", "phi3-longrope", "phi3-longrope-head-8", "gemma2", "gemma3",
-     "qwen3", "smollm3", "gpt-neox"],
+     "qwen3", "smollm3", "gpt-neox", "mixtral-window", "qwen3-moe", "gpt-oss", "gpt-oss-head-24"],
 )  # fmt: skip
 def test_a_batch_padded_on_the_left(name: str, tmp_path: Path, build: Callable[..., Path]) -> None:
     model = tiny_model(name, tmp_path / "hf")

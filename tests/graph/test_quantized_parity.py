@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from coldpress.graph.form import HEAD, Quantization, products
-from coldpress.kernels.quantize import quantize
+from coldpress.kernels.hqq import quantize_half_quadratic
+from coldpress.kernels.quantize import dequantize, quantize
 from oracles.decoders import Stepper, steps_of_transformers, tiny_model
 from oracles.quantization import dequantize_block_by_block
 
@@ -123,6 +124,26 @@ def test_bits_can_be_chosen_by_node(tmp_path: Path, build: Callable[..., Path]) 
     kinds = {node.name: node.op_type for node in ir.load(folder / "model.onnx").graph}
     assert kinds[HEAD] == "MatMul"
     assert kinds["/model/layers.0/mlp/up_proj/MatMul"] == "MatMulNBits"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "block"), [("llama-gqa", 32), ("llama-ragged", 16), ("phi3-gqa", 128)])
+def test_float_zero_points_run_as_they_are_fitted(
+    name: str, block: int, tmp_path: Path, build: Callable[..., Path]
+) -> None:
+    model = tiny_model(name, tmp_path / "hf", dtype=torch.bfloat16)
+    q = Quantization(block_size=block, symmetric=False, accuracy_level=1, half_quadratic=True)
+    folder = build(tmp_path / "hf", 4, None, quantization=q)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            w = module.weight.float().numpy()
+            fitted = quantize_half_quadratic(w, bits=4, block_size=block)
+            module.weight.copy_(torch.tensor(dequantize(fitted, bits=4, k=w.shape[1])))
+    assert compare(folder, model) < TOLERANCE
+    dequantized(model, 4, Quantization(block_size=block, symmetric=False))  # rounded zero points are another model
+    assert compare(folder, model) > 3 * TOLERANCE
 
 
 @pytest.mark.parametrize("part", ["scales", "Q4"])

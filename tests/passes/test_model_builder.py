@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +19,12 @@ import pytest
 from coldpress.artifacts.base import AdapterSpec, Artifact, Spec
 from coldpress.artifacts.tensors import TensorInfo
 from coldpress.errors import CheckpointError, PlanError, UnsupportedModelError
+from coldpress.evaluate.runners import OnnxRunner
 from coldpress.graph.form import EMBEDDING, HEAD
 from coldpress.hardware import detect
 from coldpress.passes.base import PlanContext
+from coldpress.passes.builder_choice import resolve
+from coldpress.passes.builder_extra import translated
 from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 from oracles.decoders import Stepper, tiny_model
 from oracles.passes import CPU, CUDA, build_with_pass, plan_with_pass
@@ -150,13 +155,14 @@ def test_int4_nodes_to_exclude(built: Callable[..., Path]) -> None:
         ("k_quant_last", {HEAD}),
         ("k_quant_down", {HEAD}),
         ("k_quant_mixed", {HEAD}),
+        ("hqq", set()),
     ],
 )
 def test_int4_algo_config(algorithm: str, raised: set[str], built: Callable[..., Path]) -> None:
     folder = built(int4_algo_config=algorithm, int4_op_types_to_quantize=["MatMul"])
     assert {name for name, each in bits(folder).items() if each == 8} == raised
     searched = ir.load(folder / "model.onnx").metadata_props["coldpress.algorithm"] != "rtn"
-    assert searched == algorithm.startswith("k_quant")
+    assert searched == algorithm.startswith(("k_quant", "hqq"))
 
 
 def test_k_quant_moves_the_scales(built: Callable[..., Path]) -> None:
@@ -168,6 +174,38 @@ def test_k_quant_moves_the_scales(built: Callable[..., Path]) -> None:
         assert tensor is not None
         found.append(tensor.numpy().copy())
     assert np.mean(found[0] != found[1]) > 0.5
+
+
+def test_hqq_has_float_zero_points_but_in_the_embedding(built: Callable[..., Path]) -> None:
+    folder = built("llama-mha-tied", int4_algo_config="hqq", int4_op_types_to_quantize=["MatMul", "Gather"])
+    found = nodes(folder)
+    zeros = [found[name].inputs[3] for name in (QKV, HEAD, EMBEDDING)]
+    assert [value.dtype.name for value in zeros if value is not None and value.dtype] == ["FLOAT", "FLOAT", "UINT8"]
+    assert bits(folder)[EMBEDDING] == 4
+    assert np.isfinite(Stepper(folder)(np.array([[3, 4, 5]]))).all()
+    assert ir.load(folder / "model.onnx").metadata_props["coldpress.algorithm"] == "hqq"
+    shared = nodes(built("llama-mha-tied", int4_algo_config="hqq", shared_embeddings=True))
+    one = [shared[EMBEDDING].inputs[3], shared[HEAD].inputs[3]]
+    assert [value.dtype.name for value in one if value is not None and value.dtype] == ["UINT8", "UINT8"]
+
+
+def test_use_qdq(built: Callable[..., Path]) -> None:
+    ids = np.array([[3, 4, 5, 6]])
+    usual, standard = built(), built(use_qdq=True, int4_accuracy_level=4)
+    kinds = {node.op_type for node in nodes(standard).values()}
+    assert "MatMulNBits" not in kinds
+    assert {"DequantizeLinear", "GatherBlockQuantized"} < kinds
+    # Both compute with int8 activations once ONNX Runtime has loaded them.
+    assert np.abs(Stepper(standard)(ids) - Stepper(usual)(ids)).max() < 1e-5
+    fp32, exact = built(use_qdq=True, int4_accuracy_level=1), built(int4_accuracy_level=1)
+    by_level = [OnnxRunner(folder, threads=1).logits(ids)[0] for folder in (standard, fp32, exact)]
+    assert np.abs(by_level[1] - by_level[2]).max() < 1e-5
+    assert np.abs(by_level[0] - by_level[2]).max() > 1e-4
+    session = genai(standard)["model"]["decoder"]["session_options"]
+    assert session["session.qdq_matmulnbits_accuracy_level"] == "4"
+    assert "session.qdq_matmulnbits_accuracy_level" not in genai(usual)["model"]["decoder"]["session_options"]
+    assert "int4" in {value.dtype.name.lower() for value in ir.load(standard / "model.onnx").graph.initializers.values()
+                      if value.dtype}  # fmt: skip
 
 
 def test_include_and_exclude(built: Callable[..., Path]) -> None:
@@ -271,6 +309,36 @@ def test_extra_options_win(built: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("extra", "option", "value"),
+    [
+        ({"fuse_qkv": "false"}, "disable_qkv_fusion", True),
+        ({"fuse_qkv": True}, "disable_qkv_fusion", False),
+        ({"matmul_mixed_precision": "last_matmul:int8"}, "int4_algo_config", "k_quant_last"),
+        ({"matmul_mixed_precision": "last_matmul:int8", "algo_config": "default"}, "int4_algo_config", "rtn_last"),
+        ({"matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}, "int4_algo_config", "k_quant_mixed"),
+        ({"int4_accuracy_level": "1"}, "int4_accuracy_level", 1),
+        ({"prune_lm_head": "true"}, "prune_lm_head", True),
+    ],
+)
+def test_extra_options_have_the_builders_names(extra: dict[str, Any], option: str, value: Any) -> None:
+    config, _ = resolve(ModelBuilderConfig(precision="int4", extra_options=extra))
+    assert getattr(config, option) == value
+
+
+def test_every_extra_option_of_the_builder_is_known() -> None:
+    """Those that onnxruntime-genai's builder documents: each has an option here, or a reason of its own."""
+    source = Path(str(importlib.util.find_spec("onnxruntime_genai").submodule_search_locations[0]))  # type: ignore[union-attr, index]
+    text = (source / "models" / "builder.py").read_text(encoding="utf-8")
+    text = text[text.index("Key value pairs for various options") : text.index("--builder_config_version")]
+    documented = set(re.findall(r"^ {16}([a-z][a-z0-9_]+) = ", text, re.MULTILINE))
+    assert {"use_qdq", "moe_quant_type", "paged_block_size", "fuse_qkv"} < documented
+    for name in sorted(documented):
+        _, problems = translated({name: "x"}, None)
+        assert not any(f"extra_options.{name} is not built" in problem for problem in problems), name
+    assert "is not built; the nearest is use_qdq" in translated({"use_qqd": "1"}, None)[1][0]  # as an unknown one is
+
+
+@pytest.mark.parametrize(
     ("options", "float_type"),
     [
         ({"precision": "fp16"}, "FLOAT16"),
@@ -333,6 +401,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"padding": "left", "prune_lm_head": True}, "leave it out"),
     ({"padding": "left", "search": {"max_length": 9}}, "genai_config.json"),
     ({"extra_options": {"int4_blocksize": 32}}, "the nearest is int4_block_size"),
+    ({"extra_options": {"use_paged_attention": "true"}}, "PagedAttention is for onnxruntime-genai's CUDA engine"),
+    ({"extra_options": {"matmul_mixed_precision": "linear_attn:int8"}}, "matmul_mixed_precision linear_attn:int8 is"),
+    ({"extra_options": {"moe_quant_type": "mxfp4"}}, "moe_quant_type mxfp4 is not built; the nearest is int4"),
+    ({"extra_options": {"adapter_path": "x"}}, "set adapter_path of the input model"),
     ({"extra_options": {"block_size": 48}}, "block_size"),
     ({"adapter": "inputs"}, "adapter: inputs needs a model with an adapter, or adapter_modules"),
     ({"adapter": "inputs", "adapter_modules": ["q_proj", "embed_tokens", "qkv_proj"]}, "reach embed_tokens, qkv_proj; adap"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coldpress.artifacts.families import Family, Scales
+from coldpress.artifacts.families import Experts, Family, Scales
 
 __all__ = ["Arch", "Linear", "Mixture", "Rope", "Rows"]
 
@@ -213,16 +213,22 @@ class Arch:
     def has_experts(self, layer: int) -> bool:
         return self.mixture is not None and self.mixture.layers[layer]
 
+    @property
+    def experts(self) -> tuple[Experts, Mixture]:
+        """Names and sizes, of a decoder that has experts."""
+        assert self.family.experts is not None
+        assert self.mixture is not None
+        return self.family.experts, self.mixture
+
     def router(self, layer: int) -> Linear:
-        assert self.mixture is not None and self.family.experts is not None
-        part = Rows(self.of_layer(layer, self.family.experts.router), 0, self.mixture.experts)
-        return _linear((part,), self.hidden, self.family.experts.bias)
+        names, mixture = self.experts
+        return _linear((Rows(self.of_layer(layer, names.router), 0, mixture.experts),), self.hidden, names.bias)
 
     def expert_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor of a layer's experts."""
-        names, mixture = self.family.experts, self.mixture
-        assert names is not None and mixture is not None
-        prefix, count, inner, hidden = self.family.names.layer.format(layer), mixture.experts, mixture.inner, self.hidden
+        names, mixture = self.experts
+        prefix, count, inner = self.family.names.layer.format(layer), mixture.experts, mixture.inner
+        hidden = self.hidden
         if len(names.gate_up) == 1:
             for name, k, n in ((names.gate_up[0], hidden, 2 * inner), (names.down, inner, hidden)):
                 yield f"{prefix}.{name}", (count, k, n)

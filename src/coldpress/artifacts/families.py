@@ -67,7 +67,7 @@ class Experts:
     layers: Callable[[Values, int], bool] = lambda values, layer: True
     """Which layers have experts; the others have a plain MLP."""
     clamped: bool = False
-    """Gate and up are cut off at `swiglu_limit`, the gate is gate * sigmoid(`swiglu_alpha` * gate), and up is up + 1."""
+    """Gate and up are cut off at `swiglu_limit`; then it is gate * sigmoid(`swiglu_alpha` * gate) * (up + 1)."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     X_blocks uint8 [experts, n, k / 32, 16], X_scales uint8 [experts, n, k / 32]     reads as X [experts, k, n]
 
-X is what Transformers makes of them (`dequantize_convertops` in integrations/mxfp4.py), inputs first. As the graph wants
-outputs first, which is how the codes lie, `turned(X)` reads them so, [experts * n, k], row by row.
+X is what Transformers makes of them (`dequantize_convertops` in integrations/mxfp4.py), inputs first. The graph wants
+outputs first, which is how the codes lie: under the name `turned(X)` they read so, [experts * n, k].
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ class _Turned:
     def rows(self, start: int, stop: int) -> Floats:
         import numpy as np
 
-        n, pieces = self.inner.shape[1], []
-        for expert in range(start // n, -(-stop // n)):
-            pieces.append(self.inner.stripe(expert, max(start - expert * n, 0), min(stop - expert * n, n)))
+        n = self.inner.shape[1]
+        pieces = [
+            self.inner.stripe(expert, max(start - expert * n, 0), min(stop - expert * n, n))
+            for expert in range(start // n, -(-stop // n))
+        ]
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 

@@ -39,6 +39,8 @@ WHOLE_SHARE = 0.5
 """Of the memory available: a model whose float32 weights take more is not loaded whole."""
 EVALUATION_GRAPH = "coldpress.evaluation_graph"
 """Metadata of a graph whose logits are of the last position only: the file beside it that yields them all."""
+_QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+"""Of the products that ONNX Runtime makes of DequantizeLinear and MatMul, where genai_config.json sets it."""
 
 _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -277,6 +279,7 @@ class OnnxRunner:
         if not self._graph.is_file():
             raise CheckpointError(f"{self._graph} is missing", hint="is the model complete?")
         self._provider, self._threads = execution_provider, threads or detect().threads
+        self._level = genai.get("decoder", {}).get("session_options", {}).get(_QDQ_LEVEL)
         self._lora: dict[str, Any] = {}
         self._options: Any = None
         if adapter is not None:
@@ -333,6 +336,8 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        if self._level is not None:
+            options.add_session_config_entry(_QDQ_LEVEL, str(self._level))
         try:
             return onnxruntime.InferenceSession(str(graph), options, providers=[self._provider])
         except _onnxruntime_errors() as error:

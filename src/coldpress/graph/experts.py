@@ -136,8 +136,7 @@ class ExpertWriter:
 
     def write(self, layer: int, x: ir.Value) -> ir.Value:
         """The experts' outputs [B, S, H], weighted and added up."""
-        mixture, graph, base = self.arch.mixture, self.graph, f"/model/layers.{layer}/moe"
-        assert mixture is not None
+        (_, mixture), graph, base = self.arch.experts, self.graph, f"/model/layers.{layer}/moe"
         scores = graph.op(
             "Reshape",
             [self.linear.product(f"{base}/router/MatMul", x), graph.constant([-1, mixture.experts])],
@@ -190,8 +189,7 @@ class ExpertWriter:
 
     def _weight(self, weight: Weight) -> list[ir.Value]:
         """Tensors [E * n, ...] of the data file, as [E, n, ...]."""
-        assert self.arch.mixture is not None
-        count = self.arch.mixture.experts
+        count = self.arch.experts[1].experts
         return [
             self.graph.place(
                 Place(place.name, place.dtype, (count, place.shape[0] // count, *place.shape[1:]), place.offset)
@@ -201,8 +199,7 @@ class ExpertWriter:
 
     def _matrix(self, layer: int, which: str) -> RowSource:
         """All experts' rows, gate and up in turn."""
-        names, mixture = self.arch.family.experts, self.arch.mixture
-        assert names is not None and mixture is not None
+        names, mixture = self.arch.experts
         own = names.gate_up if which == "gate_up" else (names.down,)
         full = tuple(f"{self.arch.family.names.layer.format(layer)}.{name}" for name in own)
         sizes = (mixture.inner, self.arch.hidden)
@@ -216,8 +213,7 @@ class ExpertWriter:
 
     def _bias(self, layer: int, which: str) -> ir.Value | None:
         """[E, n]."""
-        names, mixture = self.arch.family.experts, self.arch.mixture
-        assert names is not None and mixture is not None
+        names, mixture = self.arch.experts
         if not names.bias:
             return None
         own = names.gate_up[0] if which == "gate_up" else names.down

@@ -182,15 +182,14 @@ def _matrix_bytes(form: Form, q: Quantization | None, n: int, k: int) -> int:
 
 def _expert_bytes(arch: Arch, form: Form, q: Quantization | None) -> int:
     """Of the experts of one layer: rows are not filled up to whole blocks, as those of a product are."""
-    assert arch.mixture is not None and arch.family.experts is not None
-    total, width = 0, _WIDTH[form.io]
-    for n, k in ((2 * arch.mixture.inner, arch.hidden), (arch.hidden, arch.mixture.inner)):
+    (names, mixture), total, width = arch.experts, 0, _WIDTH[form.io]
+    for n, k in ((2 * mixture.inner, arch.hidden), (arch.hidden, mixture.inner)):
         row = k * width
         if q is not None:
             blocks = -(-k // q.block_size)
             row = k * q.bits // 8 + blocks * width + (0 if q.symmetric else -(-blocks * q.bits // 8))
-        total += n * (row + arch.family.experts.bias * width)
-    return total * arch.mixture.experts
+        total += n * (row + names.bias * width)
+    return total * mixture.experts
 
 
 def prompt_bytes(arch: Arch, form: Form) -> int:

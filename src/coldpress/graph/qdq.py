@@ -144,6 +144,6 @@ class BlocksTransposed:
         flat = numbers.reshape(rows, -1)
         if self.bits == 8:
             return flat
-        packed = flat[:, 1::2] << np.uint8(4)
+        packed: Array = flat[:, 1::2] << np.uint8(4)
         packed |= flat[:, 0::2] & np.uint8(15)
         return packed

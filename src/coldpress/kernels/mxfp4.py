@@ -24,14 +24,13 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 Floats = npt.NDArray[np.float32]
 
 _PAIRS = np.array([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], np.float32)
+_POWERS = np.array([2.0 ** (scale - 127) for scale in range(255)] + [np.nan], np.float32)
 
 
 def dequantize_mxfp4(codes: npt.NDArray[Any], scales: npt.NDArray[Any]) -> Floats:
     """W [n, k] in float32; a block whose scale is NaN becomes NaN. Peak memory is the result."""
     n, blocks, width = codes.shape
     values = _PAIRS[codes].reshape(n, blocks, 2 * width)
-    powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    powers[scales == 255] = np.nan
-    values *= powers[:, :, None]
+    values *= _POWERS[scales][:, :, None]
     result: Floats = values.reshape(n, -1)
     return result

@@ -18,8 +18,8 @@ from coldpress.errors import PlanError
 from coldpress.graph.form import EMBEDDING, HEAD, FloatType, Form, Quantization, mixed_layers, products
 from coldpress.passes.builder_experts import against_experts, expert_columns, expert_notes, experts_quantized
 from coldpress.passes.builder_extra import translated
-from coldpress.passes.builder_providers import PROVIDERS, Provider, limited, missing, provider_of
 from coldpress.passes.builder_prompt import against_prompt_graph, prompt_form, prompt_note
+from coldpress.passes.builder_providers import PROVIDERS, Provider, limited, missing, provider_of
 from coldpress.passes.builder_taken import take_over
 from coldpress.registry import nearest
 
@@ -39,10 +39,10 @@ class ModelBuilderConfig(Frozen):
     """Of the weights: int8, int4, and on the CPU fp32, on CUDA fp16 or bf16, on DirectML and WebGPU fp32 or fp16. int8
     and int4 compute in fp32 on the CPU and in fp16 elsewhere."""
     profile: Profile = "balanced"
-    """What options that are left out come to, on the CPU. fast: int4 blocks of 128, one int4 matrix for embedding and head
-    where the model ties them, gate and up in one product, and logits for the last token only; balanced: blocks of 32 and
-    the embedding at 8 bits; accurate: as balanced, with head and the most sensitive third of the projections at 8 bits.
-    docs/profiles.md has what each costs and gains."""
+    """What options that are left out come to, on the CPU. fast: int4 blocks of 128, one int4 matrix for embedding and
+    head where the model ties them, gate and up in one product, and logits for the last token only; balanced: blocks of
+    32 and the embedding at 8 bits; accurate: as balanced, with head and the most sensitive third of the projections at
+    8 bits. docs/profiles.md has what each costs and gains."""
     metadata_only: bool = False
     """Write only the GenAI files for an ONNX model that is there already. Not built."""
     search: Mapping[str, Any] | None = None
@@ -63,7 +63,8 @@ class ModelBuilderConfig(Frozen):
     """default and rtn take each block's scale from its greatest weight; k_quant tries five scales and takes the one
     with the least squared error. `_last` keeps the head at 8 bits; `_down` also every third down projection and those
     of the first and last layers; `_mixed` these, and query, key and value of the same layers. hqq (int4 only) fits zero
-    points that are floats; an embedding at 4 bits stays k_quant. null is k_quant for int4, rtn for int8."""
+    points that are floats, which run slowly on the CPU; a quantized embedding stays k_quant. null is k_quant for int4,
+    rtn for int8."""
     shared_embeddings: bool | None = None
     """Embedding and head as one quantized matrix, where the model ties them; null: as the profile says."""
     prune_lm_head: bool | None = None
@@ -437,7 +438,7 @@ def _against_quantization(config: ModelBuilderConfig, kernels: Provider, *, quan
     if _algorithm(config) == "hqq":
         if config.precision != "int4":
             found.append(
-                "hqq is for int4: ONNX Runtime 1.32 takes no float zero points at 8 bits, where rtn loses hardly anything"
+                "hqq is for int4: ONNX Runtime 1.32 takes no float zero points at 8 bits, where rtn loses next to none"
             )
         if config.int4_is_symmetric:
             found.append("hqq fits zero points, which int4_is_symmetric leaves out; the nearest is k_quant")
@@ -462,7 +463,7 @@ def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, kernels: Provider
     if form.nodes and (q := main_quantization(form)).taken is None:
         scales = "scale from the peak" if q.candidates == 1 else f"best of {q.candidates} scales"
         if q.half_quadratic:
-            scales = "zero points fitted (HQQ)"
+            scales = "zero points fitted (HQQ), floats"
         found.append(
             f"{config.precision} weights, block {q.block_size}, {'symmetric' if q.symmetric else 'asymmetric'}, "
             f"{scales}; activations {form.io}"
@@ -471,10 +472,13 @@ def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, kernels: Provider
         stored = form.nodes.get(EMBEDDING)
         how = form.io if stored is None else f"{stored.bits} bits"
         found.append(f"embedding at {how}" + (", shared with the head" if form.shares_embedding(arch) else ""))
+    if any(q.half_quadratic for q in form.nodes.values()) and kernels.key == "cpu":
+        # ONNX Runtime 1.32, one thread, 2048 by 2048: 11 ms for one token instead of 0.2, 12 for 128 instead of 5 to 7.
+        found.append("zero points that are floats run slowly on the CPU: a product of one token takes 30 times as long")
     if form.nodes and form.qdq:
         found.append("products through DequantizeLinear and MatMul; the embedding through GatherBlockQuantized")
     if kernels.key != "cpu":
-        found.append(f"built for {kernels.full_name} and checked in structure; it was not run")
+        found.append(f"built for {kernels.full_name}: such graphs are tested in structure, and were not run")
     if form.prune_head:
         found.append("logits of the last token only; a second graph over the same data keeps all, for evaluation")
     if form.left_padding:

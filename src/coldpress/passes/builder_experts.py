@@ -51,7 +51,7 @@ def against_experts(
         if provider == "webgpu" and not q.symmetric:
             found.append("WebGPU's QMoE takes no zero points: leave int4_is_symmetric out")
         if provider in ("cuda", "webgpu") and ragged:
-            found.append(f"experts of {ragged[0]} columns are no whole blocks of {q.block_size}, which {provider} wants")
+            found.append(f"experts of {ragged[0]} columns are no whole blocks of {q.block_size}, as {provider} wants")
         if provider == "cuda" and q.block_size not in (32, 64, 128):
             found.append(f"experts on CUDA have blocks of 32, 64 or 128, got {q.block_size}")
     return found

@@ -43,6 +43,6 @@ def against_prompt_graph(config: ModelBuilderConfig, arch: Arch, form: Form, pro
 def prompt_note(arch: Arch, form: Form) -> str:
     more = prompt_bytes(arch, form) / 1e6
     return (
-        f"a second graph for prompts, in int8 with a scale for each token: {more:.0f} MB more on disk and about as much "
-        "in memory; made for x86 CPUs with VNNI or AMX"
+        f"a second graph for prompts, in int8 with a scale for each token: {more:.0f} MB more on disk and about as "
+        "much in memory; made for x86 CPUs with VNNI or AMX"
     )

@@ -202,7 +202,7 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
         "coldpress.minimum_onnxruntime": runtime,
     }
     if choice.provider != "cpu":
-        metadata["coldpress.checked"] = "structure only; not run"
+        metadata["coldpress.checked"] = "in structure; graphs for this provider were not run"
     if form.nodes:
         q = main_quantization(form)
         metadata |= {
