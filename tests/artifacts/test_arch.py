@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from coldpress.artifacts.arch import Mixture
 from coldpress.artifacts.arch_config import arch_from_config
 from coldpress.artifacts.families import FAMILIES
 from coldpress.artifacts.tensors import TensorSet
@@ -169,6 +170,35 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "vocab_size": 50304},
         {"parallel": True, "qkv_bias": True, "tied": False, "activation": "gelu"},
     ),
+    "Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+         "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960,
+         "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True,
+         "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+         "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+         "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936},
+        {"windows": (None,) * 48, "qkv_bias": False, "mixture": Mixture(128, 8, 768, True, (True,) * 48)},
+    ),
+    "Mixtral-8x7B": (
+        {"model_type": "mixtral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+         "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2,
+         "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "rms_norm_eps": 1e-05,
+         "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32000},
+        {"windows": (None,) * 32, "head_dim": 128, "mixture": Mixture(8, 2, 14336, True, (True,) * 32)},
+    ),
+    "gpt-oss-20b": (
+        {"model_type": "gpt_oss", "attention_bias": True, "experts_per_token": 4, "head_dim": 64,
+         "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+         "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+         "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+         "num_local_experts": 32, "rms_norm_eps": 1e-05, "rope_theta": 150000, "sliding_window": 128,
+         "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False,
+                          "original_max_position_embeddings": 4096},
+         "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088,
+         "quantization_config": {"quant_method": "mxfp4"}},
+        {"windows": (128, None) * 12, "qkv_bias": True, "o_bias": True,
+         "mixture": Mixture(32, 4, 2880, True, (True,) * 24, 1.702, 1.0, 7.0)},
+    ),
 }  # fmt: skip
 
 
@@ -182,3 +212,6 @@ def test_configs_as_they_were_published(name: str) -> None:
         assert arch.scales.embedding == 1152**0.5
     if name == "pythia-160m":
         assert arch.rope.dim == 16
+    if name == "gpt-oss-20b":
+        assert (arch.rope.kind, arch.rope.theta, arch.rope.original_length) == ("yarn", 150000.0, 4096)
+        assert arch.rope.parameters["truncate"] is False

@@ -23,7 +23,7 @@ from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.errors import CheckpointError, PlanError, UnsupportedModelError
 from coldpress.graph.experts import NamedExperts, QuantizedExperts, TurnedExperts
-from coldpress.graph.form import Quantization
+from coldpress.graph.form import Quantization, expert_nodes
 from coldpress.graph.weights import DataFile, QuantizedMatrix
 from coldpress.kernels.mxfp4 import E2M1, dequantize_mxfp4
 from coldpress.kernels.quantize import quantize
@@ -337,6 +337,16 @@ def test_genai_runs_quantized_experts(name: str, tmp_path: Path) -> None:
 def test_what_experts_do_not_have_is_refused(name: str, provider: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         choose(ModelBuilderConfig.model_validate(options), config(name), f"{provider}ExecutionProvider")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"use_qdq": True}, "stay with QMoE"), ({"int4_algo_config": "hqq"}, "whole zero points")]
+)
+def test_a_plan_says_what_experts_keep(options: dict[str, Any], words: str) -> None:
+    for name in ("mixtral", "llama-gqa"):
+        choice = choose(ModelBuilderConfig(precision="int4", **options), config(name), "CPUExecutionProvider")
+        assert any(words in note for note in choice.notes) == (name == "mixtral")
+        assert not any(choice.form.nodes[node].half_quadratic for node in expert_nodes(choice.arch))
 
 
 def test_a_plan_speaks_of_blocks_that_do_not_divide() -> None:

@@ -255,8 +255,8 @@ class OnnxRunner:
     The session is made when it is first asked: while a reference goes through its blocks, its weights need not wait in
     memory. Where the graph says so (`EVALUATION_GRAPH`), another one over the same data file is run in its place.
 
-    A model with a graph of its own for prompts is asked as it is used: that graph takes the first half of a sequence,
-    the other goes on from its cache.
+    A model with a graph of its own for prompts is asked as it is used: that graph takes the first quarter of a sequence,
+    the other, which is the coarser, goes on from its cache.
     """
 
     def __init__(
@@ -368,16 +368,16 @@ class OnnxRunner:
         return [out[row, : len(one)].astype(np.float32, copy=False) for row, one in enumerate(batch)]
 
     def _handed_over(self, ids: Sequence[int], prompt_graph: Path) -> Logits:
-        """Logits of a sequence through the prompt's graph and, from the middle on, through the other."""
+        """Logits of a sequence, a quarter of it through the prompt's graph and the rest through the other."""
         import numpy as np
 
         if self._opened_prompt is None:
             self._opened_prompt = self._open_for_all_logits(prompt_graph)
-        middle = (len(ids) + 1) // 2
+        prompt = (len(ids) + 3) // 4
         found: list[Logits] = []
         caches = [one for one in self._session.get_inputs() if one.name.startswith("past_key_values.")]
         past = {one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), _FLOATS[one.type]) for one in caches}
-        for session, new in ((self._opened_prompt, ids[:middle]), (self._session, ids[middle:])):
+        for session, new in ((self._opened_prompt, ids[:prompt]), (self._session, ids[prompt:])):
             if len(new):
                 length = next(iter(past.values())).shape[2] + len(new)
                 feeds = {"input_ids": np.array([new], np.int64), "attention_mask": np.ones((1, length), np.int64)}

@@ -145,8 +145,15 @@ class _Decoder:
         out, key, value = graph.ops(
             "GroupQueryAttention",
             _trimmed(
-                [*query, *self.past[layer], positions.last_index, positions.total, *rotary, positions.bias,
-                 self._sinks(layer)]
+                [
+                    *query,
+                    *self.past[layer],
+                    positions.last_index,
+                    positions.total,
+                    *rotary,
+                    positions.bias,
+                    self._sinks(layer),
+                ]
             ),
             name=f"{base}/GroupQueryAttention",
             domain=MICROSOFT,

@@ -66,6 +66,7 @@ def genai_config(
     provider, None elsewhere, and whether they spin; `session_options` are ONNX Runtime's own, by name; `search` is laid
     over the search settings, `outputs` are the graph's besides the KV cache.
     `prompt_file` is a graph of the same inputs and outputs that runs in place of model.onnx for more than one token.
+    Rows count: with two of them or more it runs in every step. `rewind_to` is refused for such a pair.
     """
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",

@@ -19,7 +19,7 @@ from coldpress.graph.form import EMBEDDING, HEAD, FloatType, Form, Quantization,
 from coldpress.passes.builder_experts import against_experts, expert_columns, expert_notes, experts_quantized
 from coldpress.passes.builder_extra import translated
 from coldpress.passes.builder_prompt import against_prompt_graph, prompt_form, prompt_note
-from coldpress.passes.builder_providers import PROVIDERS, Provider, limited, missing, provider_of
+from coldpress.passes.builder_providers import PROVIDERS, Provider, against_embedding, limited, missing, provider_of
 from coldpress.passes.builder_taken import take_over
 from coldpress.registry import nearest
 
@@ -80,7 +80,8 @@ class ModelBuilderConfig(Frozen):
     prompt_graph: Literal["int8"] | None = None
     """int8: prompts go through a second graph, whose products but the head are in int8, with a scale for each output of
     the weights and for each token of the activations; the first graph generates from the cache it leaves. About a byte
-    more for each weight, on disk and in memory; for x86 CPUs with VNNI or AMX."""
+    more for each weight, on disk and in memory; for x86 CPUs with VNNI or AMX. Batches and beams generate with the
+    second graph as well, and onnxruntime-genai cannot rewind."""
     padding: Literal["right", "left"] = "right"
     """left: a graph for plain ONNX Runtime with `position_ids` as an input, right for rows padded on either side;
     onnxruntime-genai does not run it, so it comes without genai_config.json."""
@@ -410,7 +411,7 @@ def _nodes(
     if algorithm == "hqq":  # GatherBlockQuantized takes no zero points that are floats
         fitted = {name for name in names if name in nodes and not (shares and name == HEAD)}
         nodes |= {name: replace(base, candidates=1, half_quadratic=True) for name in fitted}
-    problems = _against_quantization(config, kernels, quantizes_embedding=EMBEDDING in nodes)
+    problems = _against_quantization(config, kernels, form, nodes.get(EMBEDDING), arch.hidden)
     if shared and not arch.tied:
         problems.append("shared_embeddings: config.json says that head and embedding are different matrices")
     if shared and (config.exclude_embeds or config.exclude_lm_head):
@@ -432,7 +433,9 @@ def _nodes(
     return nodes, problems
 
 
-def _against_quantization(config: ModelBuilderConfig, kernels: Provider, *, quantizes_embedding: bool) -> list[str]:
+def _against_quantization(
+    config: ModelBuilderConfig, kernels: Provider, form: Form, embedding: Quantization | None, hidden: int
+) -> list[str]:
     """What the options want of quantized products and the provider's kernels do not do."""
     found, name = [], kernels.full_name
     if _algorithm(config) == "hqq":
@@ -448,11 +451,10 @@ def _against_quantization(config: ModelBuilderConfig, kernels: Provider, *, quan
             found.append(f"hqq has float zero points, which {name}'s MatMulNBits does not take; the nearest is k_quant")
     if config.int4_is_symmetric and not kernels.symmetric and not config.use_qdq:
         found.append(f"{name}'s MatMulNBits wants zero points: leave int4_is_symmetric out")
-    if quantizes_embedding and not kernels.gathers_blocks:
-        found.append(f"{name} has no GatherBlockQuantized: leave Gather and shared_embeddings out, and the embedding "
-                     "stays in floating point")  # fmt: skip
-    if config.use_qdq and not kernels.dequantizes:
-        found.append(f"{name} does not dequantize blocks of 4 bits: leave use_qdq out")
+    if embedding is not None and (reason := against_embedding(kernels, embedding, hidden)) is not None:
+        found.append(reason)
+    if config.use_qdq and form.io not in kernels.dequantizes:
+        found.append(f"{name} does not dequantize blocks of 4 bits to {form.io}: leave use_qdq out")
     if config.use_qdq and config.shared_embeddings:
         found.append("use_qdq keeps the head transposed, so that it cannot be the embedding: leave one of the two out")
     return found

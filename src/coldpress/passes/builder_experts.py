@@ -68,6 +68,10 @@ def expert_notes(arch: Arch, form: Form) -> tuple[str, ...]:
     for q in [q for q in experts if q is not None][:1]:
         found[0] += f", experts at {q.bits} bits"
         ragged = [k for k in expert_columns(arch) if k % q.block_size]
+        if form.qdq:
+            found.append("experts stay with QMoE: there are no standard operators for them")
+        if any(other.half_quadratic for other in form.nodes.values()):
+            found.append("experts have whole zero points, from k_quant: QMoE takes no others")
         if ragged:
             found.append(
                 f"experts of {ragged[0]} columns are no whole blocks of {q.block_size}: the kernel dequantizes them at "

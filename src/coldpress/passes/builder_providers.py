@@ -1,8 +1,8 @@
 """What each execution provider of ONNX Runtime makes of a decoder graph: the form that it needs, and what it lacks.
 
-Sources, read in the versions of September 2026: docs/OperatorKernels.md of onnxruntime for CUDA and DirectML,
-onnxruntime/contrib_ops/webgpu and core/providers/webgpu for WebGPU, and the files named at each line. Graphs for the
-CPU are run by the tests; those for the others are held to `FLOAT_OPERATORS` in structure, and were not run.
+Sources in onnxruntime: docs/OperatorKernels.md (commit 001d12d) for CUDA and DirectML; contrib_ops/webgpu (01671d9) and
+core/providers/webgpu (003f772, GatherND from a later one) for WebGPU; the files named at each line. Graphs for the CPU
+are run by the tests; those for the others are held to `FLOAT_OPERATORS` in structure, and were not run.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from coldpress.artifacts.arch import Arch
-from coldpress.graph.form import FloatType, Form
+from coldpress.graph.form import FloatType, Form, Quantization
 from coldpress.registry import nearest
 
-__all__ = ["FLOAT_OPERATORS", "PROVIDERS", "Provider", "limited", "missing", "provider_of"]
+__all__ = ["FLOAT_OPERATORS", "PROVIDERS", "Provider", "against_embedding", "limited", "missing", "provider_of"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ class Provider:
     """Whether MatMulNBits runs without zero points."""
     float_zeros: bool = True
     """Whether MatMulNBits takes zero points that are floats."""
-    dequantizes: bool = True
-    """DequantizeLinear in blocks of 4 bits."""
+    dequantizes: tuple[FloatType, ...] = ("float32", "float16")
+    """What DequantizeLinear makes of blocks of 4 bits."""
+    pads_zeros: bool = True
+    """Whether GatherBlockQuantized reads 4-bit zero points whose rows are filled up to whole bytes."""
     windows: bool = True
     """Whether its attention kernel knows sliding windows."""
     caps: bool = True
@@ -82,13 +84,14 @@ PROVIDERS: Mapping[str, Provider] = {
     "WebGpuExecutionProvider": Provider(
         "webgpu", "WebGPU", "float16", ("float32", "float16"), {"enableGraphCapture": "0", "validationMode": "basic"},
         # contrib_ops/webgpu/bert/attention.cc applies the window and no cap; webgpu_contrib_kernels.cc has no
-        # FusedMatMul, webgpu_execution_provider.cc no DequantizeLinear of 4 bits.
-        caps=False, transposed_products=False, dequantizes=False, float_zeros=False,
+        # FusedMatMul, webgpu_execution_provider.cc no DequantizeLinear of 4 bits; quantization/matmul_nbits.cc takes
+        # uint8 zero points, quantization/gather_block_quantized.cc counts those of 4 bits without padding.
+        caps=False, transposed_products=False, dequantizes=(), float_zeros=False, pads_zeros=False,
     ),
 }  # fmt: skip
 
 _ELSEWHERE: Mapping[str, str] = {
-    "JsExecutionProvider": "WebGpuExecutionProvider: onnxruntime-genai and ONNX Runtime Web use it in its place",
+    "JsExecutionProvider": "WebGpuExecutionProvider",
     "NvTensorRTRTXExecutionProvider": "CUDAExecutionProvider",
     "TensorrtExecutionProvider": "CUDAExecutionProvider",
     "MIGraphXExecutionProvider": "DmlExecutionProvider",
@@ -104,8 +107,8 @@ FLOAT_OPERATORS: Mapping[str, frozenset[str]] = {
         # Every operator of our graphs that reads or writes floats; those on whole numbers only (lengths, positions)
         # run on the CPU wherever the provider lacks them. MatMulNBits and what stands below it are com.microsoft's.
         "cuda": """
-            Add Cast Concat Div Expand Gather GatherND Identity If LayerNormalization MatMul Mul Reshape Sigmoid
-            SimplifiedLayerNormalization Slice Softmax Split Sub Tanh Unsqueeze
+            Add Cast Concat DequantizeLinear Div Expand Gather GatherND Identity If LayerNormalization MatMul Mul
+            Reshape Sigmoid SimplifiedLayerNormalization Slice Softmax Split Sub Tanh Unsqueeze
             MatMulNBits FastGelu FusedMatMul GatherBlockQuantized Gelu GroupQueryAttention MoE QMoE RotaryEmbedding
             SkipLayerNormalization SkipSimplifiedLayerNormalization""",
         "dml": """
@@ -147,6 +150,23 @@ def missing(provider: Provider, arch: Arch, form: Form) -> list[str]:
             f"has {arch.head_dim}; use CPUExecutionProvider"
         )
     return found
+
+
+def against_embedding(provider: Provider, q: Quantization, hidden: int) -> str | None:
+    """What speaks against gathering rows of `hidden` numbers from blocks."""
+    name = provider.full_name
+    if not provider.gathers_blocks:
+        return (
+            f"{name} has no GatherBlockQuantized: leave Gather and shared_embeddings out, and the embedding stays in "
+            f"floating point"
+        )
+    filled_up = q.bits == 4 and not q.symmetric and -(-hidden // q.block_size) % 2 == 1
+    if filled_up and not provider.pads_zeros:
+        return (
+            f"{name} misreads 4-bit zero points of an embedding with an odd count of blocks, here of {q.block_size} in "
+            f"{hidden}: leave Gather and shared_embeddings out"
+        )
+    return None
 
 
 def limited(provider: Provider, arch: Arch) -> tuple[Arch, tuple[str, ...]]:

@@ -194,6 +194,8 @@ def _provenance(config: ModelBuilderConfig, choice: Choice, version: str) -> dic
     runtime = "1.23" if EMBEDDING in form.nodes else "1.22"
     if form.int8_tokens:
         runtime = "1.25"  # before, ONNX Runtime multiplies int8 wrongly on AMX: its pull request 27671
+    if choice.arch.mixture is not None:
+        runtime = "1.32"  # the only one that experts were run with
     metadata = {
         "coldpress.version": version,
         "coldpress.precision": config.precision,
