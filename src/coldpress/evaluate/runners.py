@@ -255,8 +255,8 @@ class OnnxRunner:
     The session is made when it is first asked: while a reference goes through its blocks, its weights need not wait in
     memory. Where the graph says so (`EVALUATION_GRAPH`), another one over the same data file is run in its place.
 
-    A model with a graph of its own for prompts is asked as it is used: that graph takes the first quarter of a sequence,
-    the other, which is the coarser, goes on from its cache.
+    A model with a graph of its own for prompts is asked as it is used: that graph takes the first quarter of a
+    sequence, the other, which is the coarser, goes on from its cache.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ class ModelBuilderConfig(Frozen):
     profile: Profile = "balanced"
     """What options that are left out come to, on the CPU. fast: int4 blocks of 128, one int4 matrix for embedding and
     head where the model ties them, gate and up in one product, and logits for the last token only; balanced: blocks of
-    32 and the embedding at 8 bits; accurate: as balanced, with head and the most sensitive third of the projections at
-    8 bits. docs/profiles.md has what each costs and gains."""
+    32 and the embedding at 8 bits; accurate: as balanced, with zero points, and with the head and a third of the
+    projections at 8 bits. docs/profiles.md has what each costs and gains."""
     metadata_only: bool = False
     """Write only the GenAI files for an ONNX model that is there already. Not built."""
     search: Mapping[str, Any] | None = None
@@ -132,12 +132,14 @@ class _Profile:
     pruned: bool = False
     fused: bool = False
     spinning: bool = False
+    symmetric: bool = True
+    """Of int4."""
 
 
 _PROFILES: Mapping[Profile, _Profile] = {
     "fast": _Profile(128, shared=True, pruned=True, fused=True, spinning=True),
     "balanced": _Profile(),
-    "accurate": _Profile(algorithm="k_quant_mixed"),
+    "accurate": _Profile(algorithm="k_quant_mixed", symmetric=False),
 }
 
 
@@ -364,7 +366,8 @@ def _quantization(config: ModelBuilderConfig, arch: Arch, kernels: Provider) -> 
         block_size = wanted if wide else 32
     level: int | None = config.int4_accuracy_level
     algorithm = _algorithm(config)
-    symmetric = algorithm != "hqq" and kernels.symmetric
+    by_profile = config.precision != "int4" or _PROFILES[config.profile].symmetric
+    symmetric = algorithm != "hqq" and kernels.symmetric and by_profile
     return Quantization(
         bits=4 if config.precision == "int4" else 8,
         block_size=block_size,
