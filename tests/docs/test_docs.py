@@ -22,8 +22,19 @@ def test_the_pass_reference_is_current() -> None:
     assert (ROOT / "docs" / "passes.md").read_text(encoding="utf-8") == module.page(), "run python docs/make_passes.py"
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/config.md", "docs/proof.md", "docs/adapters.md",
-                                   "docs/families.md", "docs/profiles.md"])
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/config.md",
+    "docs/proof.md",
+    "docs/adapters.md",
+    "docs/families.md",
+    "docs/profiles.md",
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

@@ -407,7 +407,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extra_options": {"adapter_path": "x"}}, "set adapter_path of the input model"),
     ({"extra_options": {"block_size": 48}}, "block_size"),
     ({"adapter": "inputs"}, "adapter: inputs needs a model with an adapter, or adapter_modules"),
-    ({"adapter": "inputs", "adapter_modules": ["q_proj", "embed_tokens", "qkv_proj"]}, "reach embed_tokens, qkv_proj; adap"),
+    (
+        {"adapter": "inputs", "adapter_modules": ["q_proj", "embed_tokens", "qkv_proj"]},
+        "reach embed_tokens, qkv_proj; adap",
+    ),
     ({"adapter_modules": ["q_proj"]}, "adapter_modules is for adapter: inputs"),
     ({"prompt_graph": "int8", "precision": "fp32"}, "prompt_graph has no effect at precision fp32"),
     ({"prompt_graph": "int8", "padding": "left"}, "prompt_graph is for onnxruntime-genai"),
