@@ -81,11 +81,10 @@ def rows_of_two_lengths(steps: int) -> tuple[tuple[int, int], list[np.ndarray]]:
     return lengths, [tokens(length + steps, 80, seed=length) for length in lengths]
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("switch", ["position_ids", "if"])
+@pytest.mark.parametrize(
+    ("name", "switch"), [*((name, "position_ids") for name in TINY), *((name, "if") for name in SWITCHING)]
+)
 def test_a_batch_padded_on_the_right(name: str, switch: str, tmp_path: Path, build: Callable[..., Path]) -> None:
-    if switch == "if" and name not in SWITCHING:
-        pytest.skip("the two forms differ for longrope only")
     model = tiny_model(name, tmp_path / "hf")
     steps = 6
     lengths, rows = rows_of_two_lengths(steps)
