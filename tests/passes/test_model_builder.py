@@ -116,6 +116,12 @@ def test_int4_block_size(built: Callable[..., Path]) -> None:
     assert attribute(nodes(built("phi3-partial-16-of-32", precision="int8"))[QKV], "block_size") == 32  # rows of 96
 
 
+def test_a_block_size_that_does_not_divide_is_said(checkpoints: Callable[[str], Path]) -> None:
+    notes = plan_with_pass(checkpoints("llama-gqa"), precision="int4", int4_block_size=128).notes
+    assert "rows of 64, 96 weights are filled up to whole blocks of 128" in notes
+    assert not any("filled up" in note for note in plan_with_pass(checkpoints("llama-gqa"), precision="int4").notes)
+
+
 def test_int4_is_symmetric(built: Callable[..., Path]) -> None:
     product = nodes(built(int4_is_symmetric=False))[QKV]
     assert product.inputs[3] is not None
