@@ -27,7 +27,8 @@ from coldpress.graph.form import Quantization, expert_nodes
 from coldpress.graph.weights import DataFile, QuantizedMatrix
 from coldpress.kernels.mxfp4 import E2M1, dequantize_mxfp4
 from coldpress.kernels.quantize import quantize
-from coldpress.passes.builder_choice import ModelBuilderConfig, choose
+from coldpress.passes.builder_choice import choose
+from coldpress.passes.builder_config import ModelBuilderConfig
 from oracles.decoders import TINY, Stepper, steps_of_transformers, tiny_model
 from oracles.experts import e2m1, store_mxfp4
 from oracles.passes import CUDA, build_with_pass, plan_with_pass

@@ -279,7 +279,8 @@ def test_what_a_provider_lacks_is_refused(
 
 def test_cuda_wants_head_sizes_of_8(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     config = json.loads((checkpoints("llama-gqa") / "config.json").read_text())
-    from coldpress.passes.builder_choice import ModelBuilderConfig, choose
+    from coldpress.passes.builder_choice import choose
+    from coldpress.passes.builder_config import ModelBuilderConfig
 
     with pytest.raises(PlanError, match="multiples of 8, this model has 12"):
         choose(ModelBuilderConfig(precision="int4"), {**config, "head_dim": 12}, "CUDAExecutionProvider")

@@ -29,23 +29,27 @@ Floats = npt.NDArray[np.float32]
 _COMPILING = threading.Lock()
 
 
-def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any) -> None:
+def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any, out_bits: Any) -> None:
     """Four rows of W and eight of A at a time: each number that is loaded then serves four or eight products."""
     n, k = out.shape
     rank, last = a.shape[0], n - 1
-    sums = np.empty((4, COLUMNS), np.float32)
-    bits = sums.view(np.uint32)
-    x0, x1, x2, x3 = sums[0], sums[1], sums[2], sums[3]
+    spare = np.empty((4, COLUMNS), np.float32)
+    spare_bits = spare.view(np.uint32)
     for first in range(0, k, COLUMNS):
         width = min(COLUMNS, k - first)
         end = first + width
         for row in range(0, n, 4):
             rows = min(4, n - row)
+            whole = rows == 4  # behind the last row it is taken again, and its sum dropped
             for p in range(rows):
-                w, x = words[row + p, first:end], bits[p]
+                w = words[row + p, first:end]
+                x = out_bits[row + p, first:end] if whole else spare_bits[p, :width]
                 for i in range(width):
                     x[i] = np.uint32(np.uint32(w[i]) << shift)
-            # Behind the last row it is taken again, and its sum dropped.
+            x0 = out[row, first:end] if whole else spare[0, :width]
+            x1 = out[row + 1, first:end] if whole else spare[1, :width]
+            x2 = out[row + 2, first:end] if whole else spare[2, :width]
+            x3 = out[row + 3, first:end] if whole else spare[3, :width]
             p0, p1, p2, p3 = b[row], b[min(row + 1, last)], b[min(row + 2, last)], b[min(row + 3, last)]
             j = 0
             while j + 8 <= rank:
@@ -71,10 +75,8 @@ def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any) -> None:
                     x2[i] += e0 * a0[i]
                     x3[i] += f0 * a0[i]
                 j += 1
-            for p in range(rows):
-                whole, x = out[row + p, first:end], sums[p]
-                for i in range(width):
-                    whole[i] = x[i]
+            if not whole:
+                out[row : row + rows, first:end] = spare[:rows, :width]
 
 
 def _eight(x: Any, j: Any) -> Any:
@@ -89,7 +91,7 @@ def _compiled(dtype: str) -> Callable[..., None]:
     t = numba.types
     words = t.Array(getattr(t, dtype), 2, "C", readonly=True, aligned=False)
     constant = t.Array(t.float32, 2, "C", readonly=True)
-    signature = t.void(words, t.uint32, constant, constant, t.float32[:, ::1])
+    signature = t.void(words, t.uint32, constant, constant, t.float32[:, ::1], t.uint32[:, ::1])
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     try:
         return numba.njit(signature, cache=True, **options)(_rows)  # type: ignore[no-any-return]
@@ -109,5 +111,6 @@ def add_product(weights: npt.NDArray[Any], b: Floats, a: Floats) -> Floats:
     out = np.empty((n, k), np.float32)
     with _COMPILING:
         run = _compiled(patterns.dtype.name)
-    run(patterns, shift, np.ascontiguousarray(b, np.float32), np.ascontiguousarray(a, np.float32), out)
+    b, a = np.ascontiguousarray(b, np.float32), np.ascontiguousarray(a, np.float32)
+    run(patterns, shift, b, a, out, out.view(np.uint32))
     return out

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from coldpress.artifacts.arch import Arch
 from coldpress.graph.form import HEAD, Form, products, prompt_bytes
-
-if TYPE_CHECKING:
-    from coldpress.passes.builder_choice import ModelBuilderConfig
+from coldpress.passes.builder_config import ModelBuilderConfig
 
 __all__ = ["against_prompt_graph", "prompt_form", "prompt_note"]
 

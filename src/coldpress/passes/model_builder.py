@@ -17,7 +17,8 @@ from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
 from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes, prompt_bytes
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
-from coldpress.passes.builder_choice import Choice, ModelBuilderConfig, choose, main_quantization, resolve
+from coldpress.passes.builder_choice import Choice, choose, main_quantization, resolve
+from coldpress.passes.builder_config import ModelBuilderConfig
 from coldpress.passes.builder_providers import PROVIDERS
 from coldpress.passes.builder_taken import none_taken
 from coldpress.passes.merge_adapter_weights import keep_adapter, with_adapter
