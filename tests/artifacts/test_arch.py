@@ -117,10 +117,20 @@ def test_an_unknown_family_names_the_nearest() -> None:
         (
             {"rope_scaling": {"type": "longrope", "short_factor": 1, "long_factor": ["a"]}},
             CheckpointError,
-            "short_factor must be a list of numbers, got 1; long_factor must",
+            "short_factor must be a list of numbers above 0, got 1; long_factor must",
         ),
         ({"hidden_size": 66}, CheckpointError, "no multiple"),
         ({"num_key_value_heads": 3}, CheckpointError, "num_key_value_heads 3"),
+        ({"hidden_act": ["silu"]}, UnsupportedModelError, r"hidden_act \['silu'\]"),
+        ({"partial_rotary_factor": 0.5}, UnsupportedModelError, "does not read it"),
+        ({"num_hidden_layers": 10**9}, CheckpointError, "at most 10000"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, CheckpointError, "factor is 0, must be a number above 0"),
+        ({"rope_theta": 1.0}, CheckpointError, "rope_theta finite and above 1"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [0.0] * 8}},
+            CheckpointError,
+            "long_factor must be a list of numbers above 0",
+        ),
         ({"hidden_act": "relu2"}, UnsupportedModelError, "hidden_act 'relu2'"),
         ({"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "rope type 'spiral'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, CheckpointError, "low_freq_factor"),
@@ -215,3 +225,18 @@ def test_configs_as_they_were_published(name: str) -> None:
     if name == "gpt-oss-20b":
         assert (arch.rope.kind, arch.rope.theta, arch.rope.original_length) == ("yarn", 150000.0, 4096)
         assert arch.rope.parameters["truncate"] is False
+
+
+def test_a_null_is_not_the_default() -> None:
+    gemma = {**PUBLISHED["gemma-2-2b"][0], "attn_logit_softcapping": None, "final_logit_softcapping": None}
+    assert (arch_from_config(gemma).scales.attention_cap, arch_from_config(gemma).scales.logits_cap) == (None, None)
+    mistral = {**LLAMA, "model_type": "mistral", "num_key_value_heads": None}
+    assert arch_from_config(mistral).kv_heads == 4
+    assert arch_from_config({**LLAMA, "rope_parameters": {"rope_theta": None}}).rope.theta == 10000.0
+
+
+def test_rope_scaling_beside_rope_parameters_wins() -> None:
+    # As model cards advise; Transformers then drops the newer mapping.
+    both = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0}}  # fmt: skip
+    assert arch_from_config(both).rope == arch_from_config({**LLAMA, "rope_scaling": both["rope_scaling"]}).rope

@@ -132,6 +132,31 @@ def test_a_batch_padded_on_the_left(name: str, tmp_path: Path, build: Callable[.
             assert np.abs(logits[i, 0] - references[i][0, length + number]).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["phi3-longrope", "phi3-longrope-head-8"])
+def test_padding_on_the_left_does_not_count_as_length(name: str, tmp_path: Path, build: Callable[..., Path]) -> None:
+    # 14 tokens padded to 40, beyond the original context of 32: still the short factors.
+    model = tiny_model(name, tmp_path / "hf")
+    row = tokens(14, 80)
+    ids, mask, positions = (np.zeros((1, 40), np.int64) for _ in range(3))
+    ids[0, 26:], mask[0, 26:], positions[0, 26:] = row[0], 1, np.arange(14)
+    logits = Stepper(build(tmp_path / "hf", left_padding=True))(ids, mask, positions)
+    assert np.abs(logits[:, 26:] - steps_of_transformers(model, row, 14)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_inputs_embeds_are_those_of_transformers(name: str, tmp_path: Path, build: Callable[..., Path]) -> None:
+    # Gemma's factor is part of its embedding, Granite's comes behind it.
+    model = tiny_model(name, tmp_path / "hf")
+    row = tokens(9, 80)
+    embeds = model.get_input_embeddings()(torch.tensor(row)).detach().numpy()
+    session = Stepper(build(tmp_path / "hf", exclude_embeds=True)).session
+    feeds = {"inputs_embeds": embeds, "attention_mask": np.ones_like(row)}
+    for value in session.get_inputs()[2:]:
+        feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    (logits,) = session.run(["logits"], feeds)
+    assert np.abs(logits - steps_of_transformers(model, row, 9)).max() < TOLERANCE
+
+
 def test_left_padding_is_wrong_in_the_other_form(tmp_path: Path, build: Callable[..., Path]) -> None:
     # Why there are two forms: the twin of the test above.
     model = tiny_model("llama-gqa", tmp_path / "hf")

@@ -291,6 +291,18 @@ def test_allow_spinning(built: Callable[..., Path]) -> None:
     assert written(allow_spinning=True) is written(profile="fast") is None
 
 
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
+    import shutil
+
+    source = tmp_path / "hf"
+    shutil.copytree(checkpoints("llama-gqa"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        build_with_pass(source, tmp_path / "out", precision="int4")
+    assert not (tmp_path / "out" / "model.onnx.data").exists()
+
+
 def test_padding_left_has_no_genai_config(built: Callable[..., Path]) -> None:
     folder = built(padding="left")
     assert not (folder / "genai_config.json").exists()
@@ -400,6 +412,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"int4_op_types_to_quantize": ["Conv"]}, "knows MatMul and Gather, got Conv"),
     ({"int4_nodes_to_exclude": ["/lm_head/Matmul2"]}, "the nearest is /lm_head/MatMul"),
     ({"int4_op_types_to_quantize": ["Gather"], "exclude_embeds": True}, "nothing to quantize"),
+    ({"extra_options": {"fuse_qkv": "no"}}, "must be true or false"),
+    ({"precision": "int8", "profile": "accurate"}, "no effect at precision int8"),
+    ({"int4_algo_config": "k_quant_last", "int4_op_types_to_quantize": ["Gather"]}, "nothing to quantize that it"),
     ({"extra_options": {"disable_qk_fusion": True}}, "the nearest is disable_qkv_fusion"),
     ({"prune_lm_head": True, "exclude_lm_head": True}, "nothing to prune"),
     ({"shared_embeddings": True}, "different matrices"),

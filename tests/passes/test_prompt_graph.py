@@ -208,3 +208,10 @@ def test_the_weights_are_those_of_the_checkpoint(checkpoint: Path, built: Callab
     name = "model.layers.1.attn.o_proj.MatMul.weight_int8"
     np.testing.assert_array_equal(values[name].const_value.numpy(), codes)  # type: ignore[union-attr]
     np.testing.assert_array_equal(values[f"{name}_scales"].const_value.numpy(), scales)  # type: ignore[union-attr]
+
+
+def test_longrope_is_refused(tmp_path: Path) -> None:
+    # GenAI recomputes the cache at the end of the original context for phi3, and not for a pipeline.
+    tiny_model("phi3-longrope", tmp_path)
+    with pytest.raises(PlanError, match="computes the cache of a longrope model anew"):
+        plan_with_pass(tmp_path, precision="int4", prompt_graph="int8")

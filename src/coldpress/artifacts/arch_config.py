@@ -63,6 +63,12 @@ _LISTS: Mapping[str, tuple[Any, ...]] = {
 }
 """Lists with one entry a layer, and what an entry may be."""
 
+_NULL_MEANS_NONE = (
+    "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim"
+)  # fmt: skip
+"""Keys whose null says something: no window, no cap, as many as there are heads ..."""
+MOST_LAYERS = 10_000
+
 _PLACE = "config.json of the model"
 _HINT = "is the download complete? Otherwise correct the key in config.json"
 
@@ -75,8 +81,9 @@ def arch_from_config(config: Mapping[str, Any]) -> Arch:
     """
     family = _family(config)
     values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    if "sliding_window" in config and config["sliding_window"] is None:
-        values.pop("sliding_window", None)  # a null means "no window" and must not be filled with the default
+    for key in _NULL_MEANS_NONE:
+        if key in config and config[key] is None:
+            values.pop(key, None)  # must not be filled with the default
     if config.get("rope_parameters") and not config.get("rope_scaling"):
         values.pop("rope_scaling", None)  # the default is for a config that says nothing of its rope
     _check_values(family, config, values)
@@ -158,8 +165,9 @@ def _value(family: Family, values: Mapping[str, Any], name: str, default: Any = 
 
 def _activation(family: Family, values: Mapping[str, Any]) -> str:
     key = _key(family, "hidden_act")
-    name = family.activations.get(values[key], values[key])
-    if name not in ACTIVATIONS:
+    name = values.get(key)
+    name = family.activations.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"{family.model_type} with {key} {name!r}; the builder has: {', '.join(ACTIVATIONS)}"
         )
@@ -206,6 +214,8 @@ def _check_values(family: Family, config: Mapping[str, Any], values: Mapping[str
         for key in dict.fromkeys(_key(family, name) for name in _NUMBERS)
         if key in values and not (_is_number(values[key]) and values[key] > 0)
     ]
+    if type(values.get("num_hidden_layers")) is int and values["num_hidden_layers"] > MOST_LAYERS:
+        problems.append(f"num_hidden_layers is {values['num_hidden_layers']}, must be at most {MOST_LAYERS}")
     normalized = family.experts.normalized if family.experts is not None else False
     flags = [
         key
@@ -249,10 +259,10 @@ def _check_rope_values(kind: str, raw: Mapping[str, Any]) -> None:
         if value is None or key == "truncate":
             continue
         if key.endswith("_factor") and key.startswith(("short", "long")):
-            if not isinstance(value, list) or not all(map(_is_number, value)):
-                problems.append(f"{key} must be a list of numbers, got {str(value)[:60]}")
-        elif not _is_number(value):
-            problems.append(f"{key} is {value!r}, must be a number")
+            if not isinstance(value, list) or not all(_is_number(each) and each > 0 for each in value):
+                problems.append(f"{key} must be a list of numbers above 0, got {str(value)[:60]}")
+        elif not _is_number(value) or (value <= 0 and not key.startswith("mscale")):
+            problems.append(f"{key} is {value!r}, must be a number above 0")
     if problems:
         raise CheckpointError(f"{_PLACE}, rope type {kind!r}: " + "; ".join(problems), hint=_HINT)
 
@@ -267,7 +277,8 @@ def _ropes(
     """Of each layer. Some families have two: one for layers with a window, one for those that see everything."""
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     nested = {key: new[key] for key in _LISTS["layer_types"] if isinstance(new.get(key), Mapping)}
-    whole = {**old, **nested["full_attention"]} if "full_attention" in nested else {**old, **new}
+    # An older key beside the new one is what the user added last, and Transformers lets it win.
+    whole = {**nested["full_attention"], **old} if "full_attention" in nested else old or new
     everywhere = _rope(family, values, head_dim, whole)
     local = everywhere
     if family.local_rope is not None:
@@ -279,6 +290,7 @@ def _ropes(
 
 
 def _rope(family: Family, values: Mapping[str, Any], head_dim: int, raw: Mapping[str, Any]) -> Rope:
+    raw = {key: value for key, value in raw.items() if value is not None}
     kind = str(raw.get("rope_type") or raw.get("type") or "default")
     kind = family.rope_aliases.get(kind, kind)
     if kind not in _ROPE_KEYS:
@@ -291,6 +303,11 @@ def _rope(family: Family, values: Mapping[str, Any], head_dim: int, raw: Mapping
         raise CheckpointError(f"{_PLACE}: rope type {kind!r} needs {', '.join(missing)}", hint=_HINT)
     _check_rope_values(kind, raw)
     partial = float(raw.get("partial_rotary_factor", _value(family, values, "partial_rotary_factor", 1.0)))
+    if partial != 1.0 and not family.partial_rotary:
+        raise UnsupportedModelError(
+            f"{family.model_type} with partial_rotary_factor {partial:g}: Transformers does not read it in this family",
+            hint="remove the key from config.json if the model rotates whole heads",
+        )
     dim = int(head_dim * partial)
     length = int(values["max_position_embeddings"])
     # Phi-3 keeps the original length beside the rope parameters, and there it wins (as in Transformers).
@@ -310,10 +327,10 @@ def _rope(family: Family, values: Mapping[str, Any], head_dim: int, raw: Mapping
     if kind in _HAS_ORIGINAL_LENGTH:
         parameters["original_length"] = original
     theta = float(raw.get("rope_theta", _value(family, values, "rope_theta", 10000.0)))
-    if dim < 2 or dim % 2 or not math.isfinite(theta):
+    if dim < 2 or dim % 2 or not (math.isfinite(theta) and theta > 1):
         raise CheckpointError(
             f"{_PLACE}: {dim} rotary dimensions of head size {head_dim}, rope_theta {theta}; "
-            "the dimensions must be even and at least 2, rope_theta finite",
+            "the dimensions must be even and at least 2, rope_theta finite and above 1",
             hint=_HINT,
         )
     return Rope(kind, dim, theta, parameters, short, long, original)

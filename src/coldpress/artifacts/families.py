@@ -76,6 +76,8 @@ class Scales:
 
     embedding: float = 1.0
     """The embedding is multiplied by it."""
+    in_embedding: bool = False
+    """Whether that is part of the embedding, so that `inputs_embeds` have the factor already."""
     attention: float | None = None
     """Of the scores; None is 1 / sqrt(head size)."""
     residual: float = 1.0
@@ -113,6 +115,8 @@ class Family:
     """Our name of a config key -> this family's: norm_eps, hidden_act, rope_theta, partial_rotary_factor."""
     activations: Mapping[str, str] = field(default_factory=dict)
     """Activations that mean another one in this family."""
+    partial_rotary: bool = False
+    """Whether `partial_rotary_factor` counts in this family."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     """Older names of rope kinds in this family."""
     scales: Callable[[Values], Scales] = lambda values: Scales()
@@ -141,6 +145,7 @@ def _gemma_scales(values: Values) -> Scales:
     head_dim = values.get("query_pre_attn_scalar")
     return Scales(
         embedding=float(values["hidden_size"]) ** 0.5,
+        in_embedding=True,
         attention=None if head_dim is None else float(head_dim) ** -0.5,
         attention_cap=values.get("attn_logit_softcapping"),
         logits_cap=values.get("final_logit_softcapping"),
@@ -211,6 +216,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             window=lambda values, layer: True,
             layer_types=False,
             rope_aliases={"su": "longrope", "yarn": "longrope"},
+            partial_rotary=True,
             defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
                       "original_max_position_embeddings": 4096, "hidden_act": "silu"},
         ),
@@ -232,7 +238,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             activations={"gelu": "gelu_pytorch_tanh"},  # an older config says gelu and means its approximation
-            scales=lambda values: Scales(embedding=float(values["hidden_size"]) ** 0.5),
+            scales=lambda values: Scales(embedding=float(values["hidden_size"]) ** 0.5, in_embedding=True),
             defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
         ),
         Family(
@@ -258,7 +264,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             keys={"hidden_act": "hidden_activation"},
-            scales=_gemma_scales,
+            scales=lambda values: replace(_gemma_scales(values), attention_cap=None),
             window=lambda values, layer: (layer + 1) % int(values.get("sliding_window_pattern", 6)) != 0,
             local_rope=lambda values: {"rope_theta": values.get("rope_local_base_freq", 10000.0)},
             defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 4,
@@ -329,6 +335,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             norm="layer",
             qkv_bias="use_qkv_bias",
             keys={"norm_eps": "layer_norm_eps"},
+            partial_rotary=True,
             defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "hidden_act": "silu",
                       "partial_rotary_factor": 0.25},
             refused={"qk_layernorm": "its norms have a weight for each head",
@@ -347,6 +354,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             mlp_bias=True,
             head_bias=True,
             keys={"norm_eps": "layer_norm_eps"},
+            partial_rotary=True,
             defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "gelu_new",
                       "partial_rotary_factor": 0.5},
             refused={"qk_layernorm": "no released model has it"},
@@ -365,6 +373,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             mlp_bias=True,
             keys={"norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
             ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+            partial_rotary=True,
             defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "gelu", "rotary_pct": 0.25,
                       "use_parallel_residual": True, "attention_bias": True},
         ),

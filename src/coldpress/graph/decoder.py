@@ -85,7 +85,8 @@ class _Decoder:
     def model(self, producer: tuple[str, str], metadata: Mapping[str, str]) -> ir.Model:
         arch, form = self.arch, self.form
         hidden = self.ids if form.exclude_embeds else self.linear.embed(self.ids)
-        hidden = self._times(hidden, arch.scales.embedding, "/model/embed_tokens/Mul")
+        if not (form.exclude_embeds and arch.scales.in_embedding):
+            hidden = self._times(hidden, arch.scales.embedding, "/model/embed_tokens/Mul")
         positions = write_positions(arch, form, self.graph, self.mask, self.ids, self.position_ids)
         stream = _Stream(hidden)
         for layer in range(arch.layers):

@@ -80,7 +80,8 @@ class _Writer:
             positions = self._counted(valid)
         if switching and self.form.rope_switch == "position_ids":
             assert positions is not None
-            positions = self._beyond(positions, length, switching[0].original_length)
+            longest = length if self.given is None else self._longest(self.given)
+            positions = self._beyond(positions, longest, switching[0].original_length)
         names = ("cache", "cache_local")
         tables = tuple(
             (rope, self._tables(name, rope, length)) for name, rope in zip(names, self.arch.rope_kinds, strict=False)
@@ -102,6 +103,12 @@ class _Writer:
         column = graph.op("Unsqueeze", [past, graph.constant([1])], name=f"{base}/Unsqueeze")
         steps = graph.op("Range", [graph.constant(0), new, graph.constant(1)], name=f"{base}/Range")
         return graph.op("Add", [column, steps], name=f"{base}/Add")
+
+    def _longest(self, given: ir.Value) -> ir.Value:
+        """Tokens of the longest row, without its padding: int64 scalar."""
+        graph = self.graph
+        last = graph.op("ReduceMax", [given], name="/model/rope/ReduceMax", keepdims=0)
+        return graph.op("Add", [last, graph.constant(1)], name="/model/rope/Longest")
 
     def _beyond(self, positions: ir.Value, length: ir.Value, original: int) -> ir.Value:
         """Positions in the stacked table: behind the short one once the text is longer than the original context."""

@@ -105,6 +105,10 @@ def choose(
         problems.append("allow_spinning is for CPUExecutionProvider")
     if config.profile != "balanced" and provider != "cpu":
         problems.append(f"profile {config.profile} is measured on the CPU only; leave it out")
+    if config.profile == "accurate" and config.precision != "int4":
+        problems.append(f"profile accurate has no effect at precision {config.precision}; leave it out")
+    if provider == "cpu" and arch.head_dim % 8:
+        problems.append(f"head size {arch.head_dim}: ONNX Runtime's attention kernel wants a multiple of 8")
     if provider == "cpu":
         problems += _against_cpu(config)
     problems += _wrong_provider(config, provider)
@@ -283,6 +287,7 @@ def _nodes(
     experts = experts_quantized(arch, base, in_8_bits=config.use_8bits_moe)
     nodes |= experts if nodes else {}
     known = (*names, *experts, EMBEDDING)
+    problems: list[str] = []
     if types is not None and "Gather" in types:
         nodes[EMBEDDING] = base
     elif types is None and provider == "cpu":
@@ -294,7 +299,10 @@ def _nodes(
         raised = {HEAD, *(() if algorithm.endswith("_last") else mixed_layers(arch))}
         if algorithm.endswith("_down"):
             raised = {name for name in raised if name == HEAD or "/mlp/down" in name}
-        nodes |= {name: replace(base, bits=8) for name in raised if name in nodes}
+        raised &= set(nodes)
+        nodes |= {name: replace(base, bits=8) for name in raised}
+        if not raised and config.int4_algo_config is not None:
+            problems.append(f"int4_algo_config {algorithm}: the options leave nothing to quantize that it would raise")
     shared = config.shared_embeddings
     by_profile = PROFILES[config.profile].shared and provider == "cpu" and not config.use_qdq
     shares = _either(shared, by_profile and types is None and arch.tied)
@@ -303,7 +311,7 @@ def _nodes(
     if algorithm == "hqq":  # GatherBlockQuantized takes no zero points that are floats
         fitted = {name for name in names if name in nodes and not (shares and name == HEAD)}
         nodes |= {name: replace(base, candidates=1, half_quadratic=True) for name in fitted}
-    problems = _against_quantization(config, kernels, form, nodes.get(EMBEDDING), arch.hidden)
+    problems += _against_quantization(config, kernels, form, nodes.get(EMBEDDING), arch.hidden)
     if shared and not arch.tied:
         problems.append("shared_embeddings: config.json says that head and embedding are different matrices")
     if shared and (config.exclude_embeds or config.exclude_lm_head):
@@ -354,7 +362,7 @@ def _against_quantization(
 
 def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, kernels: Provider) -> tuple[str, ...]:
     found = []
-    if form.nodes and PROFILES[config.profile].measured:
+    if config.precision == "int4" and not form.left_padding and PROFILES[config.profile].measured:
         found.append(f"profile {config.profile}, as measured: {PROFILES[config.profile].measured}")
     if form.nodes and (q := main_quantization(form)).taken is None:
         scales = "scale from the peak" if q.candidates == 1 else f"best of {q.candidates} scales"

@@ -33,7 +33,7 @@ _SAME: Mapping[str, str] = {
 }  # fmt: skip
 _OTHERS = ("fuse_qkv", "matmul_mixed_precision", "moe_quant_type")
 _SEPARATOR: Mapping[str, str] = {"int4_op_types_to_quantize": "/", "int4_nodes_to_exclude": ","}
-_FALSE = ("0", "false", "False")
+_TRUTHS: Mapping[str, bool] = {"0": False, "false": False, "1": True, "true": True}
 
 _DRAFTS = "drafting tokens for another model to verify is not built; build the model without it"
 _PAGED = "PagedAttention is for onnxruntime-genai's CUDA engine and is not built; the nearest is GroupQueryAttention, "
@@ -81,7 +81,11 @@ def translated(extra: Mapping[str, Any], algorithm: str | None) -> tuple[dict[st
         if key in _SAME:
             values[_SAME[key]] = _parsed(_SAME[key], value)
         elif key == "fuse_qkv":
-            values["disable_qkv_fusion"] = value in _FALSE or value is False
+            fused = _TRUTHS.get(str(value).lower())
+            if fused is None:
+                problems.append(f"extra_options.fuse_qkv is {value!r}, must be true or false")
+            else:
+                values["disable_qkv_fusion"] = not fused
         elif key == "moe_quant_type" and value in ("int4", "int8"):
             values["use_8bits_moe"] = value == "int8"
         elif key == "moe_quant_type":

@@ -25,6 +25,11 @@ def against_prompt_graph(config: ModelBuilderConfig, arch: Arch, form: Form, pro
         found.append(f"prompt_graph has no effect at precision {config.precision}; it is for int4 and int8")
     elif not any(name in form.nodes for name, _ in products(arch, form) if name != HEAD):
         found.append("prompt_graph: the options leave no product but the head to quantize")
+    if any(rope.kind == "longrope" and arch.context_length > rope.original_length for rope in arch.rope_kinds):
+        found.append(
+            "prompt_graph: at the end of the original context onnxruntime-genai computes the cache of a longrope model "
+            "anew, which it does not do for two graphs; leave prompt_graph out"
+        )
     if config.padding == "left":
         found.append("prompt_graph is for onnxruntime-genai, which a model with padding: left is not for")
     if config.adapter == "inputs":

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from coldpress.artifacts.arch import Arch
 from coldpress.artifacts.base import Artifact, Spec, read_json
+from coldpress.artifacts.tensors import TensorSource
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
 from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes, prompt_bytes
@@ -37,6 +38,8 @@ _PARAMETERS_PER_SECOND = 0.3e9
 _PROCESS_BYTES = 200 << 20
 """Python with onnx_ir and Numba."""
 _MODEL_FILE_BYTES = 1 << 20
+HEAD_CHECK_ELEMENTS = 1 << 22
+"""Weights of a tied head compared with the embedding at a time."""
 MODEL_FILE = "model.onnx"
 PROMPT_FILE = "model_prompt.onnx"
 """Beside model.onnx: the graph that runs for more than one token."""
@@ -116,6 +119,7 @@ class ModelBuilder:
             packings = base.packings if tensors is base else none_taken(base.packings)
             choice = choose(config, hf_config, provider, model.describe().adapter, packings)
             _check_tensors(choice.arch, {info.name: info.shape for info in base.infos()})
+            _check_tied_head(choice.arch, base)
             kept = None if merges else keep_adapter(model, ctx.output, choice.form.lora_modules)
             data = DataFile()
             graphs = {}
@@ -228,6 +232,25 @@ def _algorithm(q: Quantization) -> str:
     return "rtn" if q.candidates == 1 else f"rtn, best of {q.candidates} scales"
 
 
+def _head_name(arch: Arch) -> str:
+    return f"{arch.family.names.head}.weight"
+
+
+def _check_tied_head(arch: Arch, tensors: TensorSource) -> None:
+    """A head that is tied may lie in the file a second time, but must be the embedding; raises CheckpointError."""
+    head = _head_name(arch)
+    if not arch.tied or head not in tensors:
+        return
+    step = max(1, HEAD_CHECK_ELEMENTS // arch.hidden)
+    for start in range(0, arch.vocab, step):
+        stop = min(start + step, arch.vocab)
+        if (tensors.read(head, start, stop) != tensors.read(arch.embedding, start, stop)).any():
+            raise CheckpointError(
+                f"config.json ties the head to the embedding, but {head} and {arch.embedding} differ",
+                hint="set tie_word_embeddings to false in config.json if the head is one of its own",
+            )
+
+
 def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
     """The checkpoint must hold what config.json promises and nothing besides; raises CheckpointError."""
     expected = dict(arch.expected())
@@ -238,7 +261,7 @@ def _check_tensors(arch: Arch, found: Mapping[str, tuple[int, ...]]) -> None:
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     # Some checkpoints carry the tied head a second time, or what can be computed.
-    ignored = ("lm_head.weight",) if arch.tied else ()
+    ignored = (_head_name(arch),) if arch.tied else ()
     problems += [
         f"{name} has no place in a {arch.family.model_type} model of this config.json"
         for name in found
