@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 import numpy.typing as npt
 
@@ -29,23 +30,19 @@ Floats = npt.NDArray[np.float32]
 _COMPILING = threading.Lock()
 
 
-def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any, out_bits: Any) -> None:
+def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any) -> None:
     """Four rows of W and eight of A at a time: each number that is loaded then serves four or eight products."""
     n, k = out.shape
     rank, last = a.shape[0], n - 1
     spare = np.empty((4, COLUMNS), np.float32)
-    spare_bits = spare.view(np.uint32)
     for first in range(0, k, COLUMNS):
         width = min(COLUMNS, k - first)
         end = first + width
         for row in range(0, n, 4):
             rows = min(4, n - row)
             whole = rows == 4  # behind the last row it is taken again, and its sum dropped
-            for p in range(rows):
-                w = words[row + p, first:end]
-                x = out_bits[row + p, first:end] if whole else spare_bits[p, :width]
-                for i in range(width):
-                    x[i] = np.uint32(np.uint32(w[i]) << shift)
+            w0, w1 = words[row, first:end], words[min(row + 1, last), first:end]
+            w2, w3 = words[min(row + 2, last), first:end], words[min(row + 3, last), first:end]
             x0 = out[row, first:end] if whole else spare[0, :width]
             x1 = out[row + 1, first:end] if whole else spare[1, :width]
             x2 = out[row + 2, first:end] if whole else spare[2, :width]
@@ -59,6 +56,17 @@ def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any, out_bits: Any) -> No
                 d0, d1, d2, d3, d4, d5, d6, d7 = _eight(p1, j)
                 e0, e1, e2, e3, e4, e5, e6, e7 = _eight(p2, j)
                 f0, f1, f2, f3, f4, f5, f6, f7 = _eight(p3, j)
+                if j == 0:  # the weights enter with the first eight: one pass less
+                    for i in range(width):
+                        s0, s1, s2, s3, s4, s5, s6, s7 = a0[i], a1[i], a2[i], a3[i], a4[i], a5[i], a6[i], a7[i]
+                        t0 = c0 * s0 + c1 * s1 + c2 * s2 + c3 * s3 + c4 * s4 + c5 * s5 + c6 * s6 + c7 * s7
+                        t1 = d0 * s0 + d1 * s1 + d2 * s2 + d3 * s3 + d4 * s4 + d5 * s5 + d6 * s6 + d7 * s7
+                        t2 = e0 * s0 + e1 * s1 + e2 * s2 + e3 * s3 + e4 * s4 + e5 * s5 + e6 * s6 + e7 * s7
+                        t3 = f0 * s0 + f1 * s1 + f2 * s2 + f3 * s3 + f4 * s4 + f5 * s5 + f6 * s6 + f7 * s7
+                        x0[i], x1[i] = _as_float(w0[i], shift) + t0, _as_float(w1[i], shift) + t1
+                        x2[i], x3[i] = _as_float(w2[i], shift) + t2, _as_float(w3[i], shift) + t3
+                    j += 8
+                    continue
                 for i in range(width):
                     s0, s1, s2, s3, s4, s5, s6, s7 = a0[i], a1[i], a2[i], a3[i], a4[i], a5[i], a6[i], a7[i]
                     x0[i] += c0 * s0 + c1 * s1 + c2 * s2 + c3 * s3 + c4 * s4 + c5 * s5 + c6 * s6 + c7 * s7
@@ -66,6 +74,10 @@ def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any, out_bits: Any) -> No
                     x2[i] += e0 * s0 + e1 * s1 + e2 * s2 + e3 * s3 + e4 * s4 + e5 * s5 + e6 * s6 + e7 * s7
                     x3[i] += f0 * s0 + f1 * s1 + f2 * s2 + f3 * s3 + f4 * s4 + f5 * s5 + f6 * s6 + f7 * s7
                 j += 8
+            if j == 0:
+                for i in range(width):
+                    x0[i], x1[i] = _as_float(w0[i], shift), _as_float(w1[i], shift)
+                    x2[i], x3[i] = _as_float(w2[i], shift), _as_float(w3[i], shift)
             while j < rank:
                 a0 = a[j, first:end]
                 c0, d0, e0, f0 = p0[j], p1[j], p2[j], p3[j]
@@ -79,11 +91,25 @@ def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any, out_bits: Any) -> No
                 out[row : row + rows, first:end] = spare[:rows, :width]
 
 
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _bits_as_float(typing: Any, bits: Any) -> Any:
+    """A uint32 as the float32 of the same bits."""
+
+    def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(numba.types.float32))
+
+    return numba.types.float32(numba.types.uint32), make
+
+
+def _as_float(word: Any, shift: Any) -> Any:
+    return _bits_as_float(np.uint32(np.uint32(word) << shift))
+
+
 def _eight(x: Any, j: Any) -> Any:
     return x[j], x[j + 1], x[j + 2], x[j + 3], x[j + 4], x[j + 5], x[j + 6], x[j + 7]
 
 
-_eight = numba.njit(inline="always")(_eight)
+_as_float, _eight = numba.njit(inline="always")(_as_float), numba.njit(inline="always")(_eight)
 
 
 @functools.cache
@@ -91,7 +117,7 @@ def _compiled(dtype: str) -> Callable[..., None]:
     t = numba.types
     words = t.Array(getattr(t, dtype), 2, "C", readonly=True, aligned=False)
     constant = t.Array(t.float32, 2, "C", readonly=True)
-    signature = t.void(words, t.uint32, constant, constant, t.float32[:, ::1], t.uint32[:, ::1])
+    signature = t.void(words, t.uint32, constant, constant, t.float32[:, ::1])
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     try:
         return numba.njit(signature, cache=True, **options)(_rows)  # type: ignore[no-any-return]
@@ -112,5 +138,5 @@ def add_product(weights: npt.NDArray[Any], b: Floats, a: Floats) -> Floats:
     with _COMPILING:
         run = _compiled(patterns.dtype.name)
     b, a = np.ascontiguousarray(b, np.float32), np.ascontiguousarray(a, np.float32)
-    run(patterns, shift, b, a, out, out.view(np.uint32))
+    run(patterns, shift, b, a, out)
     return out
