@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -75,6 +76,13 @@ class ParityMeasured:
     limit: str
     reference: str = "whole"
     """How the reference was computed: layer by layer, or whole."""
+
+    @property
+    def growth(self) -> str:
+        """Of the perplexity, with its standard error, as people read it."""
+        if not (math.isfinite(self.perplexity) and math.isfinite(self.perplexity_reference)):
+            return "not a number"
+        return f"{self.perplexity / self.perplexity_reference - 1:+.1%} ± {self.standard_error:.1%}"
 
 
 @dataclass(frozen=True)

@@ -364,8 +364,12 @@ DAMAGED: list[tuple[str, Callable[[dict[str, np.ndarray]], None] | dict[str, Any
     ("too wide", change("lora_A", lambda a: np.tile(a, 2)), r"of shape \[64, 128\], the base has \[64, 64\]"),
     ("no B", drop("lora_B"), r"has no B"),
     ("not a number", change("lora_A", lambda a: np.where(a == a[1, 9], np.nan, a)), "holds NaN"),
-    ("alpha is text", {"lora_alpha": "much"}, "lora_alpha and alpha_pattern must be numbers"),
-    ("no alpha", {"lora_alpha": None}, "lora_alpha and alpha_pattern must be numbers"),
+    ("alpha is text", {"lora_alpha": "much"}, "lora_alpha and alpha_pattern must be finite numbers"),
+    ("no alpha", {"lora_alpha": None}, "lora_alpha and alpha_pattern must be finite numbers"),
+    ("alpha is NaN", {"lora_alpha": float("nan")}, r"finite numbers .*nan for \S+proj"),
+    ("alpha is infinite", {"alpha_pattern": {"q_proj": float("inf")}}, r"finite numbers .*inf for \S+q_proj"),
+    ("alpha beyond floats", {"lora_alpha": 10**400}, "lora_alpha and alpha_pattern must be finite numbers"),
+    ("nothing in it", lambda held: held.clear(), "adapter_model.safetensors holds no tensors"),
     ("dora without magnitude", {"use_dora": True}, "has no magnitude vector"),
     ("foreign tensor", lambda held: held.update({"h": np.ones(3, np.float32)}), "not a tensor of a PEFT adapter"),
     (
@@ -415,6 +419,24 @@ def test_token_rows_that_do_not_fit(said: Any, tmp_path: Path) -> None:
         AdapterWeights.open(adapter) as weights,
     ):
         MergedTensors(tensors, weights, tied=False)
+
+
+def test_rank_0_is_refused(tmp_path: Path) -> None:
+    base = make_base("llama-gqa", tmp_path / "base")
+    adapter, _ = make_adapter(base, tmp_path / "adapter")
+    set_record(adapter, r=0)
+    edit(adapter, lambda held: held.update({key: w[:0] if "lora_A" in key else w[:, :0] for key, w in held.items()}))
+    with pytest.raises(CheckpointError, match=r"the rank of \S+proj is 0; least is 1"):
+        AdapterWeights.open(adapter)
+
+
+def test_a_pickled_adapter_is_named(tmp_path: Path) -> None:
+    base = make_base("llama-gqa", tmp_path / "base")
+    adapter, _ = make_adapter(base, tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin beside it.*is not read") as caught:
+        AdapterWeights.open(adapter)
+    assert "safe_serialization=True" in str(caught.value.hint)
 
 
 def test_a_torn_file_is_named(tmp_path: Path) -> None:

@@ -235,6 +235,11 @@ def test_parts_must_agree() -> None:
         (CASES["awq"].settings() | {"version": "gemv"}, "gemv"),
         (CASES["packed-4"].settings() | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (CASES["packed-4"].settings() | {"format": "nvfp4-pack-quantized"}, "nvfp4"),
+        (
+            CASES["packed-4"].settings()
+            | {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32, "type": "float"}}}},
+            r"type of 4-bit compressed-tensors weights \(pack-quantized\) of the checkpoint is 'float'",
+        ),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -265,6 +270,7 @@ def test_three_bits_are_refused(tmp_path: Path) -> None:
         ("int8-row", "x.weight_scale", (N - 1, 1), "has 64 rows"),
         ("fp8-blocks", "x.weight_scale_inv", (3, 5), "does not fit x.weight"),
         ("nf4", "x.weight.absmax", (7,), "for a matrix"),
+        ("packed-4", "x.weight_shape", (3,), r"x.weight_shape has shape \[3\] instead of \[2\]"),
     ],
 )
 def test_parts_that_contradict_each_other(
@@ -284,6 +290,78 @@ def test_missing_parts(name: str, tensor: str, tmp_path: Path) -> None:
     del tensors[tensor]
     with pytest.raises(CheckpointError, match=r"no tensor|neither weight_scale"):
         open_checkpoint(write(tmp_path, tensors), {"quantization_config": CASES[name].settings()})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "dtype"),
+    [
+        ("gptq-4", "x.qweight", "float32"),
+        ("gptq-4", "x.qzeros", "float32"),
+        ("gptq-4", "x.g_idx", "float32"),
+        ("awq", "x.qweight", "float32"),
+        ("awq", "x.qzeros", "int64"),
+        ("packed-4", "x.weight_packed", "float32"),
+        ("packed-4", "x.weight_shape", "float32"),
+        ("packed-4-asymmetric", "x.weight_zero_point", "float32"),
+        ("nf4", "x.weight", "int8"),
+    ],
+)
+def test_codes_of_another_type_are_refused(name: str, tensor: str, dtype: str, tmp_path: Path) -> None:
+    tensors, _ = store(CASES[name], "x", WEIGHTS)
+    tensors[tensor] = tensors[tensor].astype(dtype)
+    with pytest.raises(CheckpointError, match=f"{tensor} is {dtype} instead of "):
+        open_checkpoint(write(tmp_path, tensors), {"quantization_config": CASES[name].settings()})
+
+
+def test_zero_points_of_int8_codes_of_another_type_are_refused(tmp_path: Path) -> None:
+    case, zeros = CASES["int8-row"], np.zeros((N, 1), np.float32)
+    with pytest.raises(CheckpointError, match=r"x\.weight_zero_point is float32 instead of int8"):
+        opened(tmp_path, case, **{"x.weight_zero_point": zeros})
+
+
+def test_an_order_of_columns_that_is_promised_must_be_there(tmp_path: Path) -> None:
+    tensors, _ = store(CASES["gptq-4"], "x", WEIGHTS, ORDER // 32)
+    del tensors["x.g_idx"]
+    settings = CASES["gptq-4"].settings() | {"desc_act": True}
+    with pytest.raises(CheckpointError, match=r"desc_act, .* columns of x lie in 6 groups .* x.g_idx.* is missing"):
+        open_checkpoint(write(tmp_path, tensors), {"quantization_config": settings})
+
+
+def test_one_group_needs_no_order(tmp_path: Path) -> None:
+    case = Case("gptq", group=-1, form="gptq")
+    tensors, grid = store(case, "x", WEIGHTS)
+    tensors.pop("x.g_idx", None)
+    settings = case.settings() | {"desc_act": True}
+    with open_checkpoint(write(tmp_path, tensors), {"quantization_config": settings}) as source:
+        np.testing.assert_allclose(source.read("x.weight"), grid.values(), rtol=2e-7)
+
+
+@pytest.mark.parametrize("groups", [None, {}, {"group_0": {"targets": ["Linear"]}}], ids=str)
+def test_packed_codes_whose_bits_nobody_says(groups: Any, tmp_path: Path) -> None:
+    tensors, _ = store(CASES["packed-4"], "x", WEIGHTS)
+    settings = CASES["packed-4"].settings() | {"config_groups": groups}
+    with pytest.raises(CheckpointError, match=r"no group of config_groups in config\.json says of how many bits"):
+        open_checkpoint(write(tmp_path, tensors), {"quantization_config": settings})
+
+
+@pytest.mark.parametrize("said", ["128by128", [64], [0, 64], ["a", "b"], 64], ids=str)
+def test_fp8_blocks_that_are_no_sizes(said: Any, tmp_path: Path) -> None:
+    tensors, _ = store(CASES["fp8-blocks"], "x", WEIGHTS)
+    settings = CASES["fp8-blocks"].settings() | {"weight_block_size": said}
+    with pytest.raises(CheckpointError, match=r"weight_block_size in config\.json must be two whole numbers"):
+        open_checkpoint(write(tmp_path, tensors), {"quantization_config": settings})
+
+
+def test_fp8_blocks_as_text(tmp_path: Path) -> None:
+    """As compressed-tensors reads them (`validate_block_structure` in quant_args.py)."""
+    tensors, found = store(CASES["fp8-blocks"], "x", WEIGHTS)
+    tensors["x.weight_scale"] = tensors.pop("x.weight_scale_inv")
+    rows, columns = CASES["fp8-blocks"].settings()["weight_block_size"]
+    weights = {"num_bits": 8, "type": "float", "block_structure": f"{rows}x{columns}"}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized",
+                "config_groups": {"group_0": {"weights": weights}}}  # fmt: skip
+    with open_checkpoint(write(tmp_path, tensors), {"quantization_config": settings}) as source:
+        np.testing.assert_allclose(source.read("x.weight"), found, rtol=2e-7)
 
 
 def test_an_index_of_groups_out_of_range(tmp_path: Path) -> None:

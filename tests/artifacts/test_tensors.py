@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from coldpress.artifacts.tensors import TensorFile, TensorInfo, TensorSet, numpy_dtype, write_safetensors
@@ -126,6 +127,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "header beyond the file": (lambda p: raw_file(p, {"w": entry()}, bytes(16), length=1 << 40), "header should take"),
     "header not JSON": (lambda p: raw_file(p, b"{not json", bytes(16)), "not JSON"),
     "header a list": (lambda p: raw_file(p, [1], b""), "JSON object"),
+    "metadata a list": (lambda p: raw_file(p, {"__metadata__": ["pt"], "w": entry()}, bytes(16)), "__metadata__ in"),
     "truncated data": (lambda p: raw_file(p, {"w": entry()}, bytes(15)), "the file at byte"),
     "bytes after the end": (lambda p: raw_file(p, {"w": entry()}, bytes(20)), "the tensors end at"),
     "gap": (lambda p: raw_file(p, {"a": entry(), "b": entry(20, 36)}, bytes(36)), "gap after 'a'"),
@@ -183,8 +185,24 @@ def test_an_index_must_be_true(tmp_path: Path, weight_map: dict[str, str], words
         TensorSet.open(tmp_path)
 
 
+def test_the_single_file_goes_before_the_index_as_in_transformers(tmp_path: Path) -> None:
+    shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    save_file({"a": np.full(2, 5, np.float32)}, tmp_path / "model.safetensors")
+    with TensorSet.open(tmp_path) as tensors:
+        assert [info.name for info in tensors.infos()] == ["a"]
+        assert tensors.read("a").tolist() == [5, 5]
+
+
+def test_the_pickled_single_file_goes_before_its_index(tmp_path: Path) -> None:
+    torch.save({"a": torch.full((2,), 5.0)}, tmp_path / "pytorch_model.bin")
+    torch.save({"a": torch.ones(2)}, tmp_path / "one.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "one.bin"}}))
+    with TensorSet.open(tmp_path) as tensors:
+        assert tensors.read("a").tolist() == [5, 5]
+
+
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has none of model\.safetensors\.index\.json, model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has none of model\.safetensors, model\.safetensors\.index\.json"):
         TensorSet.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no file of torch\.save"):

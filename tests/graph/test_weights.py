@@ -167,6 +167,23 @@ def test_nan_is_named_with_tensor_and_row(tmp_path: Path) -> None:
             data.write(tmp_path, threads=2, budget_bytes=64 * 16 * 10)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("target", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_not_quantized_must_be_finite_too(
+    tmp_path: Path, stored: Any, target: ir.DataType, value: float
+) -> None:
+    w = np.ones((50, 64), stored)
+    w[41, 3] = value
+    with checkpoint(tmp_path, {"model.w": w, "v": w[:, 3].copy()}) as tensors:
+        matrix, vector = whole(tensors, "model.w"), Matrix(tensors, (Rows("v", 0, 50),), 1)
+        for weight in (Cast("c", matrix, target), Transposed("t", matrix, target), Cast("v", vector, target, True)):
+            data = DataFile()
+            data.add(weight)
+            with pytest.raises(CheckpointError, match=rf"row 41 of {weight.matrix.name} holds NaN or infinity"):
+                data.write(tmp_path, threads=2, budget_bytes=64 * 16 * 10)
+
+
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     with checkpoint(tmp_path, {"w": np.full((2, 2), 1e5, np.float32)}) as tensors:
         data = DataFile()

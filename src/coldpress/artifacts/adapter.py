@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coldpress.artifacts.adapter_kinds import refuse_unknown_kinds
 from coldpress.artifacts.base import BaseQuantization, read_json
 from coldpress.artifacts.tensors import TensorInfo, TensorSet, TensorSource, numpy_dtype
 from coldpress.errors import CheckpointError, PlanError
@@ -98,12 +99,17 @@ class AdapterWeights:
         self._sort(self._found())
         self.changed = frozenset((*self.pairs, *self.replaced, *self.tokens, *self.biases))
         """Names of the weights that the adapter touches."""
+        if not self.changed:
+            raise CheckpointError(
+                f"{folder / 'adapter_model.safetensors'} holds no tensors: there is nothing to add to the base",
+                hint="save the adapter again with save_pretrained",
+            )
 
     @classmethod
     def open(cls, folder: Path) -> AdapterWeights:
         """Raises CheckpointError for a damaged adapter, PlanError for a kind that is not known here."""
         record = read_json(folder / "adapter_config.json")
-        _refuse_unknown_kinds(record)
+        refuse_unknown_kinds(record)
         tensors = TensorSet.open(folder / "adapter_model.safetensors")
         try:
             return cls(folder, record, tensors)
@@ -240,6 +246,10 @@ class AdapterWeights:
     def _pair(self, module: str, names: Mapping[str, str]) -> LowRank:
         first, second = (self._tensors.info(names[kind]).shape for kind in ("first", "second"))
         rank, said = first[0] if first else 0, self._number("r", "rank_pattern", module)
+        if said < 1:
+            raise CheckpointError(
+                f"{self.folder / 'adapter_config.json'}: the rank of {module} is {said:g}; least is 1"
+            )
         if len(first) != 2 or len(second) != 2 or first[0] != second[1] or rank != said:
             raise CheckpointError(
                 f"{self.folder}: A of {module} has shape {list(first)} and B {list(second)}; at rank {said:g}, as "
@@ -261,14 +271,17 @@ class AdapterWeights:
     def _number(self, key: str, patterns: str, module: str) -> float:
         """A number with PEFT's patterns: a key is a regular expression for the end of the module's name."""
         try:
-            for pattern, value in (self._record.get(patterns) or {}).items():
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return float(value)
-            return float(self._record[key])
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            patterned = (self._record.get(patterns) or {}).items()
+            said = [value for pattern, value in patterned if re.match(rf"(.*\.)?({pattern})$", module)]
+            number = float(said[0] if said else self._record[key])
+            if not math.isfinite(number):
+                raise ValueError(f"{number} for {module}")
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
             raise CheckpointError(
-                f"{self.folder / 'adapter_config.json'}: {key} and {patterns} must be numbers by module: {error!r}"
+                f"{self.folder / 'adapter_config.json'}: {key} and {patterns} must be finite numbers by module: "
+                f"{error!r}"
             ) from error
+        return number
 
     def _token_rows(self, module: str) -> tuple[int, ...]:
         said = self._record.get("trainable_token_indices")
@@ -280,35 +293,6 @@ class AdapterWeights:
                 f"the adapter holds, got {str(said)[:60]}"
             )
         return tuple(said)
-
-
-_REFUSED: Mapping[str, str] = {
-    "use_qalora": "QA-LoRA",
-    "layer_replication": "layer replication",
-    "alora_invocation_tokens": "activated LoRA, which changes only part of a text",
-    "arrow_config": "Arrow, which chooses among adapters for each token",
-    "use_bdlora": "block-diagonal LoRA",
-    "kasa_config": "KaSA, which changes the base as well",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on single parameters (target_parameters)",
-    "megatron_config": "Megatron layers",
-}
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-
-
-def _refuse_unknown_kinds(record: Mapping[str, Any]) -> None:
-    kind = str(record.get("peft_type"))
-    if kind != "LORA":
-        raise PlanError(f"the adapter is of the type {kind}, and only LORA can be merged yet")
-    odd = [said for key, said in _REFUSED.items() if record.get(key)]
-    start = str(record.get("init_lora_weights"))
-    if start.startswith(_CHANGES_BASE):
-        odd.append(f"the initialisation {start}, which changes the base as well")
-    if record.get("use_dora") and record.get("lora_bias"):
-        odd.append("DoRA with lora_bias, which PEFT does not have either")
-    if odd:
-        raise PlanError(f"the adapter uses {', '.join(odd)}, which cannot be merged yet", hint="merge it with PEFT")
 
 
 class MergedTensors:

@@ -181,6 +181,30 @@ def _integer(settings: Mapping[str, Any], *keys: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _block(settings: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; older files of compressed-tensors write them as 128x128."""
+    said = settings.get(key)
+    if said is None:
+        return None
+    sizes = said.split("x") if isinstance(said, str) else said
+    try:
+        rows, columns = (int(size) for size in sizes)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if rows < 1 or columns < 1:
+        raise CheckpointError(f"{key} in config.json must be two whole numbers above 0, got {said!r}")
+    return rows, columns
+
+
+def _refuse_float_words(weights: Any, form: str) -> None:
+    """Floats of 4 bits, and floats packed like integers, are other numbers than their codes."""
+    if not isinstance(weights, Mapping) or weights.get("type", "int") == "int":
+        return
+    if weights.get("num_bits") != 8 or form in ("pack-quantized", "int-quantized"):
+        what = f"the type of {weights.get('num_bits')}-bit compressed-tensors weights ({form})"
+        _refuse_form(what, weights["type"], ("int",))
+
+
 def _gptq(tensors: TensorSet, settings: Mapping[str, Any]) -> Recognized:
     form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     form = "marlin" if settings.get("is_marlin_format") else form
@@ -193,6 +217,7 @@ def _gptq(tensors: TensorSet, settings: Mapping[str, Any]) -> Recognized:
             group=_integer(settings, "group_size"),
             symmetric=bool(settings.get("sym", True)),
             first_format=str(form).lower() == "gptq",
+            ordered=bool(settings.get("desc_act")),
         )
 
 
@@ -212,24 +237,30 @@ def _compressed(tensors: TensorSet, settings: Mapping[str, Any]) -> Recognized:
     for form in forms - {"mixed-precision"}:
         known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
         _refuse_form("the compressed-tensors format", form, known)
+    for scheme in schemes:
+        _refuse_float_words(scheme.get("weights"), str(scheme.get("format") or settings.get("format")))
     weights = [scheme["weights"] for scheme in schemes if isinstance(scheme.get("weights"), Mapping)]
     sizes = {size for one in weights if (size := _integer(one, "group_size")) is not None}
     group = sizes.pop() if len(sizes) == 1 else None
     bits = tuple(dict.fromkeys(width for one in weights if (width := _integer(one, "num_bits")) is not None))
-    blocks = [tuple(one["block_structure"]) for one in weights if one.get("block_structure")]
+    blocks = [found for one in weights if (found := _block(one, "block_structure")) is not None]
     for layer in _layers(tensors, ".weight_packed"):
+        if not bits:
+            raise CheckpointError(
+                f"{layer} holds packed codes, and no group of config_groups in config.json says of how many bits",
+                hint="is config.json that of this checkpoint?",
+            )
         yield packed_int32(tensors, layer, group=group, bits=bits)
     for layer in _layers(tensors, ".weight"):
         dtype, scales = tensors.info(f"{layer}.weight").dtype, f"{layer}.weight_scale"
         if dtype == "int8":
             yield int8(tensors, layer, group=group)
         elif dtype.startswith("float8"):
-            yield float8(tensors, layer, scales, block=(blocks[0][0], blocks[0][1]) if blocks else None)
+            yield float8(tensors, layer, scales, block=blocks[0] if blocks else None)
 
 
 def _fp8(tensors: TensorSet, settings: Mapping[str, Any]) -> Recognized:
-    size = settings.get("weight_block_size")
-    block = (int(size[0]), int(size[1])) if isinstance(size, list | tuple) and len(size) == 2 else None
+    block = _block(settings, "weight_block_size")
     for layer in _layers(tensors, ".weight"):
         if not tensors.info(f"{layer}.weight").dtype.startswith("float8"):
             continue

@@ -194,6 +194,18 @@ def _expect(source: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> None
                               hint=_DAMAGED)  # fmt: skip
 
 
+def _typed(source: TensorSource, types: Mapping[str, tuple[str, ...]]) -> None:
+    """Words are taken as bits, so that another type would read as noise."""
+    wrong = [
+        f"{name} is {source.info(name).dtype} instead of {' or '.join(known)}"
+        for name, known in types.items()
+        if source.info(name).dtype not in known
+    ]
+    if wrong:
+        raise CheckpointError("codes of a quantized matrix have another type than their format: " + ", ".join(wrong),
+                              hint=_DAMAGED)  # fmt: skip
+
+
 def _group(layer: str, k: int, groups: int, stated: int | None) -> int:
     """Columns of a group. What config.json states counts where it fits: single layers may differ."""
     if groups <= 1:
@@ -215,23 +227,33 @@ def _bits(layer: str, counted: int, tool: str, known: tuple[int, ...] = (4, 8)) 
     return counted
 
 
-def gptq(source: TensorSource, layer: str, *, group: int | None, symmetric: bool, first_format: bool) -> Grouped:
-    """`first_format`: zero points are stored less one."""
+def gptq(
+    source: TensorSource, layer: str, *, group: int | None, symmetric: bool, first_format: bool, ordered: bool
+) -> Grouped:
+    """`first_format`: zero points are stored less one. `ordered`: groups are not consecutive columns (desc_act)."""
     import numpy as np
 
     from coldpress.kernels.packed import add_to_codes, transposed_words, unpack_bytes
 
     weight, zeros, scales = (f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
     groups, n = _matrix(source, scales)
-    columns = source.info(zeros).shape[-1]
+    _typed(source, {weight: ("int32",), zeros: ("int32",)})
+    columns = _matrix(source, zeros)[1]
     bits = _bits(layer, 32 * columns // n if n else 0, "gptq")
     k = source.info(weight).shape[0] * 32 // bits
     _expect(source, {weight: (k * bits // 32, n), zeros: (groups, n * bits // 32)})
     size = _group(layer, k, groups, group)
     index, group_of = f"{layer}.g_idx", None
     tensors = (weight, zeros, scales, *((index,) if index in source else ()))
+    if ordered and groups > 1 and index not in source:
+        raise CheckpointError(
+            f"config.json says desc_act, so that the columns of {layer} lie in {groups} groups in an order of their "
+            f"own, and {index}, which holds it, is missing",
+            hint="is the download complete? where groups are consecutive, set desc_act to false in config.json",
+        )
     if index in source:
         _expect(source, {index: (k,)})
+        _typed(source, {index: ("int32", "int64")})
         stored = np.asarray(source.read(index), np.int64)
         if not np.array_equal(stored, np.arange(k) // size):
             if stored.min() < 0 or stored.max() >= groups:
@@ -262,6 +284,7 @@ def awq(source: TensorSource, layer: str, *, group: int | None, symmetric: bool)
     weight, zeros, scales = tensors = tuple(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
     groups, n = _matrix(source, scales)
     k, columns = _matrix(source, weight)
+    _typed(source, {weight: ("int32",), zeros: ("int32",)})
     bits = _bits(layer, 32 * columns // n if n else 0, "awq", (4,))
     _expect(source, {weight: (k, n // 8), zeros: (groups, n // 8)})
     size = _group(layer, k, groups, group)
@@ -286,6 +309,8 @@ def packed_int32(source: TensorSource, layer: str, *, group: int | None, bits: t
     weight, scales, shape, zeros, index = (
         f"{layer}.weight_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx")
     )
+    _expect(source, {shape: (2,)})
+    _typed(source, {weight: ("int32",), shape: ("int32", "int64")})
     n, k = (int(size) for size in source.read(shape))
     rows, words = _matrix(source, weight)
     fitting = [count for count in bits if -(-k * count // 32) == words]
@@ -300,6 +325,7 @@ def packed_int32(source: TensorSource, layer: str, *, group: int | None, bits: t
     tensors = (weight, scales, shape, *(name for name in (zeros, index) if name in source))
     packed_zeros = zeros in source and source.info(zeros).dtype == "int32"
     if zeros in source:
+        _typed(source, {zeros: ("int32", "int8")})
         _expect(source, {zeros: (-(-n * width // 32) if packed_zeros else n, groups)})
     group_of = np.asarray(source.read(index), np.int64) if index in source else None
     size = _group(layer, k, groups, group)
@@ -330,6 +356,7 @@ def int8(source: TensorSource, layer: str, *, group: int | None) -> Grouped:
     weight, scales, zeros = (f"{layer}.{part}" for part in ("weight", "weight_scale", "weight_zero_point"))
     n, k = _matrix(source, weight)
     tensors = (weight, scales, *((zeros,) if zeros in source else ()))
+    _typed(source, {name: ("int8",) for name in (weight, zeros) if name in source})
     stored = source.info(scales).shape
     single = math.prod(stored) == 1 and n > 1
     groups = 1 if single or len(stored) < 2 else stored[1]
@@ -417,6 +444,7 @@ def bitsandbytes_4bit(source: TensorSource, layer: str, state: str) -> StoredMat
     maximum, map_ = f"{weight}.absmax", f"{weight}.quant_map"
     blocks = -(-n * k // block)
     parts = ("nested_absmax", "nested_quant_map") if nested else ()
+    _typed(source, {weight: ("uint8",), **({maximum: ("uint8",)} if nested else {})})
     tensors = (weight, state, maximum, map_, *(f"{weight}.{part}" for part in parts))
     _expect(source, {map_: (16,), **({f"{weight}.nested_quant_map": (256,)} if nested else {})})
     stored = math.prod(source.info(weight).shape)

@@ -99,10 +99,11 @@ def mxfp4_experts(source: TensorSource, name: str) -> Iterator[StoredMatrix]:
     if scales not in source:
         raise CheckpointError(f"{scales} is missing beside {blocks}", hint="is the download complete?")
     found, beside = source.info(blocks), source.info(scales)
-    if len(found.shape) != 4 or found.shape[3] != 16 or beside.shape != found.shape[:3] or found.dtype != "uint8":
+    shaped = len(found.shape) == 4 and found.shape[3] == 16 and beside.shape == found.shape[:3]
+    if not shaped or (found.dtype, beside.dtype) != ("uint8", "uint8"):
         raise CheckpointError(
-            f"{blocks} is {found.dtype} {list(found.shape)} and {scales} {list(beside.shape)}; MXFP4 experts are uint8 "
-            "[experts, rows, blocks, 16] and [experts, rows, blocks]",
+            f"{blocks} is {found.dtype} {list(found.shape)} and {scales} {beside.dtype} {list(beside.shape)}; MXFP4 "
+            "experts are uint8 [experts, rows, blocks, 16] and [experts, rows, blocks]",
             hint="the checkpoint is damaged, or its config.json belongs to another one",
         )
     experts, n, count, _ = found.shape

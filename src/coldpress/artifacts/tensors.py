@@ -34,7 +34,7 @@ __all__ = ["TensorFile", "TensorInfo", "TensorSet", "TensorSource", "numpy_dtype
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-PICKLED_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_HEADER = 100 << 20
 """The limit of the reference implementation."""
 
@@ -108,6 +108,12 @@ class TensorFile:
         try:
             self._file: IO[bytes] = path.open("rb")
         except OSError as error:
+            pickled = path.with_suffix(".bin")
+            if isinstance(error, FileNotFoundError) and pickled.is_file():
+                raise CheckpointError(
+                    f"{path} is missing, and {pickled.name} beside it, which is pickled, is not read in its place",
+                    hint="load it where it was made and save it with save_pretrained(..., safe_serialization=True)",
+                ) from error
             raise CheckpointError(
                 f"{path} cannot be opened: {error.strerror}", hint="is the model complete?"
             ) from error
@@ -134,7 +140,12 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: the header is not JSON: {error}", hint=_TORN) from error
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header must be a JSON object, got {type(header).__name__}")
-        self.metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise CheckpointError(
+                f"{self.path}: __metadata__ in the header must be a JSON object, got {metadata!r:.60}"
+            )
+        self.metadata = {str(key): str(value) for key, value in metadata.items()}
         start = 8 + length
         places = {name: self._place(str(name), entry, start) for name, entry in header.items()}
         _check_cover(self.path, places.values(), start, size)
@@ -261,9 +272,13 @@ class TensorSet:
 
     @classmethod
     def open(cls, path: Path) -> TensorSet:
-        """Open a file, an index, or a folder with either; raises CheckpointError. Safetensors are preferred."""
+        """Open a file, an index, or a folder with either; raises CheckpointError.
+
+        Of several in a folder it is the one that Transformers loads: safetensors first, the single file before the
+        index (`_get_resolved_checkpoint_files` in modeling_utils.py).
+        """
         if path.is_dir():
-            names = (INDEX_FILE, SINGLE_FILE, *PICKLED_FILES)
+            names = (SINGLE_FILE, INDEX_FILE, *PICKLED_FILES)
             found = [path / name for name in names if (path / name).is_file()]
             if not found:
                 raise CheckpointError(f"{path} has none of {', '.join(names)}", hint="is the download complete?")

@@ -161,8 +161,7 @@ def _text(event: Event, width: int) -> str | None:
         return (
             f"{event.step:{width}s}  {sign}  against its input: KL {event.kl:.2e}, top-1 {event.top1_agreement:.1%}, "
             f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
-            f"({event.perplexity / event.perplexity_reference - 1:+.1%} ± {event.standard_error:.1%}) "
-            f"({event.tokens} tokens; limit {event.limit})"
+            f"({event.growth}) ({event.tokens} tokens; limit {event.limit})"
         )
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""

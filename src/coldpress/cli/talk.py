@@ -43,12 +43,17 @@ def generate(
 ) -> None:  # fmt: skip
     """Let MODEL (an ONNX Runtime GenAI folder, a checkpoint, or a run's output folder) continue a prompt."""
     from coldpress.chat import Sampling, open_generator
+    from coldpress.errors import UsageError
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)  # refused before a model is loaded
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on standard input is not UTF-8: {error}", hint="convert it first") from error
     generator = open_generator(model, adapter=adapter, trust_remote_code=trust_remote_code)
     if as_chat:
         text = generator.render([{"role": "user", "content": text}])
-    for piece in generator.stream(text, Sampling(max_new_tokens, temperature, top_p, seed)):
+    for piece in generator.stream(text, sampling):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -64,6 +69,7 @@ def chat(
     """Talk to MODEL; an empty line or Ctrl-D ends it."""
     from coldpress.chat import Sampling, open_generator
 
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)  # refused before a model is loaded
     generator = open_generator(model, adapter=adapter, trust_remote_code=trust_remote_code)
     messages = [{"role": "system", "content": system}] if system else []
     generator.render([{"role": "user", "content": ""}])  # no chat template: say so before the first question
@@ -76,7 +82,7 @@ def chat(
             break
         messages.append({"role": "user", "content": said})
         answer = ""
-        for piece in generator.stream(generator.render(messages), Sampling(max_new_tokens, temperature, top_p, seed)):
+        for piece in generator.stream(generator.render(messages), sampling):
             click.echo(piece, nl=False)
             answer += piece
         click.echo()

@@ -124,9 +124,16 @@ def _hub_snapshot(name: str, revision: str | None) -> Path | None:
     """The folder of a checkpoint that was downloaded before, without asking the network."""
     try:
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
     except ModuleNotFoundError:
         return None
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise PlanError(
+            f"input_model.model_path: there is no folder {name!r} here, and no hub id looks like it: {error}",
+            hint="give a folder that holds a checkpoint, or a hub id of the form org/name",
+        ) from error
     return Path(found).parent if isinstance(found, str) else None
 
 

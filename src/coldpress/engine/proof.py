@@ -24,7 +24,13 @@ __all__ = ["data_identity", "judge", "parity_text", "refuse_if_too_far", "text_i
 _VERSION = 1
 """Part of what a measurement is recognised by; raised when the same models would measure differently."""
 _SURE = 3.0
-"""Standard errors by which perplexity must have grown beyond its limit: chance alone does so once in 700 proofs."""
+"""Standard errors by which perplexity must have moved beyond its limit: chance alone does so once in 700 proofs."""
+_WAY_OUT: Mapping[str, str] = {
+    "int8": "use a smaller block (int4_block_size), keep some nodes in floating point, use fp32 or fp16",
+    "int4": "use a smaller block (int4_block_size), profile: accurate, int8",
+}
+"""Of a build that rounds."""
+_FLOATS = ("fp32", "fp16", "bf16")
 
 
 def judge(step: Step, measured: Mapping[str, Any]) -> ParityMeasured:
@@ -32,24 +38,49 @@ def judge(step: Step, measured: Mapping[str, Any]) -> ParityMeasured:
     assert step.limits is not None
     names = {field.name for field in dataclasses.fields(ParityMeasured)} - {"step", "passed", "limit"}
     figures = {name: value for name, value in measured.items() if name in names}
-    growth = figures["perplexity"] / figures["perplexity_reference"] - 1
-    sure_growth = math.log1p(growth) - _SURE * figures["standard_error"]
-    passed = figures["kl"] <= step.limits.kl and sure_growth <= math.log1p(step.limits.perplexity_increase)
-    limit = f"KL {step.limits.kl:g}, perplexity +{step.limits.perplexity_increase:.1%} beyond {_SURE:g} standard errors"
+    most = step.limits.perplexity_increase
+    passed, sign = figures["kl"] <= step.limits.kl, "+"
+    if math.isfinite(figures["perplexity"]) and math.isfinite(figures["perplexity_reference"]):
+        growth = math.log(figures["perplexity"] / figures["perplexity_reference"])
+        if _changes_nothing(step):  # then a fall is as suspicious as growth; rounding may fall
+            growth, sign = abs(growth), "±"
+        passed = passed and growth - _SURE * figures["standard_error"] <= math.log1p(most)
+    else:
+        passed = False
+    limit = f"KL {step.limits.kl:g}, perplexity {sign}{most:.1%} beyond {_SURE:g} standard errors"
     return ParityMeasured(step=step.name, passed=passed, limit=limit, **figures)
 
 
-def refuse_if_too_far(event: ParityMeasured) -> None:
+def _changes_nothing(step: Step) -> bool:
+    return step.spec.kind == "onnx" and step.spec.precision == "fp32"
+
+
+def refuse_if_too_far(step: Step, event: ParityMeasured) -> None:
     """Raise ParityError for a result beyond its limit."""
     if event.passed:
         return
-    growth = event.perplexity / event.perplexity_reference - 1
     raise ParityError(
         f"the result of {event.step} is too far from its input: mean KL {event.kl:.4g} nats a token, "
         f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
-        f"({growth:+.1%} ± {event.standard_error:.1%}) on {event.tokens} tokens; the limit is {event.limit}",
-        hint=f"use a finer setting (smaller block, int8), or raise passes.{event.step}.parity.max_kl",
+        f"({event.growth}) on {event.tokens} tokens; the limit is {event.limit}",
+        hint=_way_out(step, event),
     )
+
+
+def _way_out(step: Step, event: ParityMeasured) -> str:
+    """What may be wrong where a proof failed, and what to do about it."""
+    assert step.limits is not None
+    if not math.isfinite(event.perplexity_reference):
+        return "the input itself is broken: its perplexity is not a number. Are its weights complete and finite?"
+    if step.spec.kind == "onnx" and step.spec.precision in _FLOATS:
+        return (
+            f"{step.spec.precision} rounds next to nothing, so weights, config.json and graph disagree, and a greater "
+            "max_kl is not the answer. Does config.json belong to these weights? If it does, please report the model "
+            f"family ({step.spec.model_type})"
+        )
+    option = "max_kl" if event.kl > step.limits.kl else "max_perplexity_increase"
+    finer = _WAY_OUT.get(step.spec.precision, "do the adapter and this base belong together?")
+    return f"{finer}, or raise passes.{event.step}.parity.{option}"
 
 
 def parity_text(plan: Plan, step: Step) -> dict[str, Any]:

@@ -79,23 +79,27 @@ def _download(hub_id: str, revision: str | None) -> None:
     """Fetch a checkpoint from the hub into its cache: configs, tokenizer, safetensors, or .bin where there are none."""
     try:
         from huggingface_hub import list_repo_files, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ModuleNotFoundError as error:
         raise PlanError(
             f"{hub_id} is on the hub, and huggingface_hub is not installed", hint="pip install 'coldpress[cpu]'"
         ) from error
+    # Its base is the root of whatever HTTP library the hub's uses; a lost connection is that and no OSError.
+    unreachable: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError)
     patterns = ["*.json", "*.model", "*.jinja", "*.txt", "*.py"]
     try:
         safe = any(name.endswith(".safetensors") for name in list_repo_files(hub_id, revision=revision))
-    except (HfHubHTTPError, OSError):
+    except (*unreachable, HFValidationError):
         safe = True  # without a network the snapshot is whatever was fetched before
     try:
         snapshot_download(
             hub_id, revision=revision, allow_patterns=[*patterns, "*.safetensors" if safe else "pytorch_model*.bin"]
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (*unreachable, HFValidationError) as error:
+        answered = getattr(error, "response", None) is not None or isinstance(error, HFValidationError)
+        hub = "the hub did not give it" if answered else "the hub cannot be reached"
         raise PlanError(
-            f"the model {hub_id!r} is no folder here, and the hub did not give it: {type(error).__name__}: {error}",
+            f"the model {hub_id!r} is no folder here, and {hub}: {type(error).__name__}: {error}",
             hint="check the name and the network; a private model needs HF_TOKEN in the environment",
         ) from error
 
@@ -297,13 +301,13 @@ class _Session:
         if parity is None or parity.get("text") != text_identity(self.plan, step):
             parity = self._measure(step, model, entry.artifact())
             entry = self.plan.store.amend(entry, parity=parity)
-        refuse_if_too_far(judge(step, parity))
+        refuse_if_too_far(step, judge(step, parity))
         return entry
 
     def _prove(self, step: Step, reference: Artifact, candidate: Artifact) -> dict[str, Any]:
         """Compare the result of a step with its input on text; raises ParityError beyond the limit."""
         parity = self._measure(step, reference, candidate)
-        refuse_if_too_far(judge(step, parity))
+        refuse_if_too_far(step, judge(step, parity))
         return parity
 
     def _measure(self, step: Step, reference: Artifact, candidate: Artifact) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -143,17 +144,26 @@ class Weight(Protocol):
         ...
 
 
-def _float_cast(array: Array, dtype: ir.DataType, name: str) -> Array:
-    """To float32, float16 or bfloat16; a finite value that float16 cannot hold is an error."""
+def _float_cast(array: Array, dtype: ir.DataType, name: str, first: int = 0) -> Array:
+    """To float32, float16 or bfloat16. NaN, infinity and a value beyond the type's range are errors.
+
+    `first`: where the first row of `array` lies in the tensor `name`.
+    """
     target = dtype.numpy()
     with np.errstate(over="ignore"):
         result = array.astype(target, copy=False)
-    if target == np.float16 and array.dtype != np.float16 and not np.isfinite(result).all():
+    if np.isfinite(result).all():
+        return result
+    odd = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    if odd.size:
         raise CheckpointError(
-            f"{name} holds values that float16 cannot (beyond 65504, or not finite)",
-            hint="build with another precision: bf16 and fp32 have the range",
+            f"row {first + odd[0]} of {name} holds NaN or infinity",
+            hint="the checkpoint is damaged, or its training diverged",
         )
-    return result
+    raise CheckpointError(
+        f"{name} holds values that {target.name} cannot (beyond {float(ml_dtypes.finfo(target).max):.6g})",
+        hint="build with another precision: bf16 and fp32 have the range",
+    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ class Cast:
         rows = self.matrix.rows(start, stop)
         if self.add:
             rows = rows.astype(np.float32) + np.float32(self.add)
-        return (_float_cast(rows[:, 0] if self.vector else rows, self.dtype, self.matrix.name),)
+        return (_float_cast(rows[:, 0] if self.vector else rows, self.dtype, self.matrix.name, start),)
 
 
 @dataclass(frozen=True)
@@ -214,7 +224,7 @@ class Transposed:
         for first in range(0, self.matrix.n, step):
             last = min(first + step, self.matrix.n)
             stripe = self.matrix.rows(first, last)[:, start:stop]
-            result[:, first:last] = _float_cast(stripe, self.dtype, self.matrix.name).T
+            result[:, first:last] = _float_cast(stripe, self.dtype, self.matrix.name, first).T
         return (result,)
 
 

@@ -17,6 +17,7 @@ from coldpress.artifacts.tensors import TensorSource
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
 from coldpress.graph.form import EMBEDDING, WRITE_BUDGET, Form, Quantization, data_bytes, prompt_bytes
+from coldpress.graph.genai import check_search
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 from coldpress.passes.builder_choice import Choice, choose, main_quantization, resolve
 from coldpress.passes.builder_config import ModelBuilderConfig
@@ -72,11 +73,12 @@ class ModelBuilder:
         if spec.kind != "checkpoint":
             raise PlanError(f"ModelBuilder takes a Hugging Face checkpoint, this step gets a model of kind {spec.kind}")
         if spec.unknown is not None:
-            resolve(config)  # what can be checked without the model
+            check_search(resolve(config)[0].search, None)  # what can be checked without the model
             return Planned(built, Estimate(), (f"graph and size are unknown: {spec.unknown}",))
         as_stored = spec.adapter is None or (config.adapter == "inputs" and spec.base_quantization is None)
         packings = spec.packings if as_stored else none_taken(spec.packings)
         choice = choose(config, spec.config, provider, spec.adapter, packings)
+        check_search(resolve(config)[0].search, choice.arch.context_length)
         _check_tensors(choice.arch, {tensor.name: tensor.shape for tensor in spec.tensors})
         size = data_bytes(choice.arch, choice.form)
         if choice.prompt is not None:
@@ -105,21 +107,21 @@ class ModelBuilder:
         import coldpress
         from coldpress.artifacts.quantized import open_checkpoint
         from coldpress.graph.decoder import build_decoder
-        from coldpress.graph.genai import copy_tokenizer, genai_config
+        from coldpress.graph.genai import copy_tokenizer, genai_config, read_generation
         from coldpress.graph.weights import DataFile
 
         provider = ctx.accelerator.execution_providers[0]
         resolved, _ = resolve(config)
         hf_config = read_json(model.model / "config.json")
-        generation_file = model.model / "generation_config.json"
-        generation = read_json(generation_file) if generation_file.is_file() else {}
+        unread = resolved.padding == "left"  # then there is no genai_config.json
+        generation = {} if unread else read_generation(model.model, hf_config, resolved.search)
         merges = config.adapter == "merge"
-        copy_tokenizer(model.tokenizer_path, model.model, ctx.output)
         with open_checkpoint(model.model, hf_config) as base, with_adapter(model, base, added=merges) as tensors:
             packings = base.packings if tensors is base else none_taken(base.packings)
             choice = choose(config, hf_config, provider, model.describe().adapter, packings)
             _check_tensors(choice.arch, {info.name: info.shape for info in base.infos()})
             _check_tied_head(choice.arch, base)
+            copy_tokenizer(model.tokenizer_path, model.model, ctx.output, choice.arch.vocab)
             kept = None if merges else keep_adapter(model, ctx.output, choice.form.lora_modules)
             data = DataFile()
             graphs = {}

@@ -1,0 +1,39 @@
+"""Kinds of PEFT adapters that `artifacts.adapter` cannot add to a base, refused by the name of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coldpress.errors import PlanError
+
+__all__ = ["refuse_unknown_kinds"]
+
+_REFUSED: Mapping[str, str] = {
+    "use_qalora": "QA-LoRA",
+    "layer_replication": "layer replication",
+    "alora_invocation_tokens": "activated LoRA, which changes only part of a text",
+    "arrow_config": "Arrow, which chooses among adapters for each token",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA, which changes the base as well",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "LoRA on single parameters (target_parameters)",
+    "megatron_config": "Megatron layers",
+}
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def refuse_unknown_kinds(record: Mapping[str, Any]) -> None:
+    """`record`: adapter_config.json. Raises PlanError."""
+    kind = str(record.get("peft_type"))
+    if kind != "LORA":
+        raise PlanError(f"the adapter is of the type {kind}, and only LORA can be merged yet")
+    odd = [said for key, said in _REFUSED.items() if record.get(key)]
+    start = str(record.get("init_lora_weights"))
+    if start.startswith(_CHANGES_BASE):
+        odd.append(f"the initialisation {start}, which changes the base as well")
+    if record.get("use_dora") and record.get("lora_bias"):
+        odd.append("DoRA with lora_bias, which PEFT does not have either")
+    if odd:
+        raise PlanError(f"the adapter uses {', '.join(odd)}, which cannot be merged yet", hint="merge it with PEFT")
