@@ -114,7 +114,7 @@ def test_a_reader_that_goes_away_ends_the_generation(llama: Path) -> None:
     pieces = generator.stream("ab", Sampling(100_000))
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of other tests may end meanwhile
 
 
 def test_a_token_without_a_row_is_named(llama: Path) -> None:
