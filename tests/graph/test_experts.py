@@ -31,15 +31,10 @@ from coldpress.passes.builder_choice import choose
 from coldpress.passes.builder_config import ModelBuilderConfig
 from oracles.decoders import TINY, Stepper, steps_of_transformers, tiny_model
 from oracles.experts import e2m1, store_mxfp4
-from oracles.passes import CUDA, build_with_pass, plan_with_pass
+from oracles.passes import CUDA, TOKENIZER, build_with_pass, plan_with_pass
 from oracles.stored import CASES, quantize_folder
 
 TOLERANCE = 1e-3
-TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": None, "post_processor": None, "decoder": None,
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
-}  # fmt: skip
 
 
 def config(name: str, **changes: Any) -> dict[str, Any]:

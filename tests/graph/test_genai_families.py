@@ -11,13 +11,8 @@ import torch
 
 from coldpress.artifacts.families import FAMILIES
 from oracles.decoders import TINY, tiny_model
-from oracles.passes import build_with_pass
+from oracles.passes import TOKENIZER, build_with_pass
 
-TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": None, "post_processor": None, "decoder": None,
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
-}  # fmt: skip
 PROMPTS = ((5, 9, 33, 7, 61, 12, 4), (40, 3, 71))
 NEW = 16
 

@@ -11,7 +11,14 @@ from coldpress.hardware import detect
 from coldpress.passes.base import Context, PlanContext, Planned
 from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 
-__all__ = ["CPU", "CUDA", "build_with_pass", "plan_with_pass"]
+__all__ = ["CPU", "CUDA", "TOKENIZER", "build_with_pass", "plan_with_pass"]
+
+TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": None, "post_processor": None, "decoder": None,
+    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
+}  # fmt: skip
+"""tokenizer.json of three tokens: what a build copies, where no text is read."""
 
 CPU = Accelerator()
 CUDA = Accelerator(device="gpu", execution_providers=("CUDAExecutionProvider",))

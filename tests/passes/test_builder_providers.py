@@ -20,14 +20,9 @@ from coldpress.errors import PlanError
 from coldpress.graph.form import EMBEDDING, HEAD
 from coldpress.passes.builder_providers import FLOAT_OPERATORS, PROVIDERS
 from oracles.decoders import Stepper, tiny_model
-from oracles.passes import CPU, build_with_pass, plan_with_pass
+from oracles.passes import CPU, TOKENIZER, build_with_pass, plan_with_pass
 
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": None, "post_processor": None, "decoder": None,
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
-}  # fmt: skip
 
 
 def accelerator(name: str) -> Accelerator:

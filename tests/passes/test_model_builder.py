@@ -27,13 +27,7 @@ from coldpress.passes.builder_choice import resolve
 from coldpress.passes.builder_extra import translated
 from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 from oracles.decoders import Stepper, tiny_model
-from oracles.passes import CPU, CUDA, build_with_pass, plan_with_pass
-
-TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": None, "post_processor": None, "decoder": None,
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
-}  # fmt: skip
+from oracles.passes import CPU, CUDA, TOKENIZER, build_with_pass, plan_with_pass
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,9 @@ from coldpress.evaluate.runners import OnnxRunner
 from coldpress.graph.form import HEAD
 from coldpress.kernels.quantize import quantize_rows
 from oracles.decoders import Stepper, tiny_model
-from oracles.passes import CUDA, build_with_pass, plan_with_pass
+from oracles.passes import CUDA, TOKENIZER, build_with_pass, plan_with_pass
 
 OPTIONS: dict[str, Any] = {"precision": "int4", "prompt_graph": "int8", "int4_block_size": 16}
-TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": None, "post_processor": None, "decoder": None,
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
-}  # fmt: skip
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(3, 80, 21)]
 
 

@@ -23,18 +23,13 @@ from coldpress.kernels.quantize import dequantize, quantize
 from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 from oracles.decoders import Stepper, steps_of_transformers, tiny_model
-from oracles.passes import CPU, CUDA, build_with_pass, plan_with_pass
+from oracles.passes import CPU, CUDA, TOKENIZER, build_with_pass, plan_with_pass
 from oracles.stored import CASES, Case, quantize_folder
 
 TOLERANCE = 1e-3
 TAKEN = [name for name in CASES if not name.startswith(("fp8", "nf4"))]
 HEAD = "/lm_head/MatMul"
 ONLY_LAYERS = {"int4_op_types_to_quantize": ["MatMul"], "int4_nodes_to_exclude": [HEAD], "int4_accuracy_level": 1}
-TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-    "pre_tokenizer": None, "post_processor": None, "decoder": None,
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []},
-}  # fmt: skip
 
 
 def quantized(folder: Path, case: Case, model: str = "llama-gqa") -> tuple[Path, Any]:
