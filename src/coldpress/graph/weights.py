@@ -40,6 +40,7 @@ __all__ = [
     "RowSource",
     "Transposed",
     "Weight",
+    "not_finite",
 ]
 
 ALIGNMENT = 64
@@ -144,6 +145,13 @@ class Weight(Protocol):
         ...
 
 
+def not_finite(name: str, row: int) -> CheckpointError:
+    """What is raised for a weight that is NaN or infinite."""
+    return CheckpointError(
+        f"row {row} of {name} holds NaN or infinity", hint="the checkpoint is damaged, or its training diverged"
+    )
+
+
 def _float_cast(array: Array, dtype: ir.DataType, name: str, first: int = 0) -> Array:
     """To float32, float16 or bfloat16. NaN, infinity and a value beyond the type's range are errors.
 
@@ -156,10 +164,7 @@ def _float_cast(array: Array, dtype: ir.DataType, name: str, first: int = 0) -> 
         return result
     odd = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
     if odd.size:
-        raise CheckpointError(
-            f"row {first + odd[0]} of {name} holds NaN or infinity",
-            hint="the checkpoint is damaged, or its training diverged",
-        )
+        raise not_finite(name, first + int(odd[0]))
     raise CheckpointError(
         f"{name} holds values that {target.name} cannot (beyond {float(ml_dtypes.finfo(target).max):.6g})",
         hint="build with another precision: bf16 and fp32 have the range",
@@ -276,10 +281,7 @@ class QuantizedMatrix:
         try:
             result = self._quantized(weights)
         except NonFiniteWeightError as error:
-            raise CheckpointError(
-                f"row {start + error.row} of {self.matrix.name} holds NaN or infinity",
-                hint="the checkpoint is damaged, or its training diverged",
-            ) from error
+            raise not_finite(self.matrix.name, start + error.row) from error
         scales = _float_cast(result.scales, self.scale_dtype, f"scales of {self.matrix.name}")
         if result.zeros is None:
             return result.codes, scales

@@ -383,7 +383,7 @@ def _notes(config: ModelBuilderConfig, arch: Arch, form: Form, kernels: Provider
         found.append(f"embedding at {how}" + (", shared with the head" if form.shares_embedding(arch) else ""))
     if any(q.half_quadratic for q in form.nodes.values()) and kernels.key == "cpu":
         # ONNX Runtime 1.32, one thread, 2048 by 2048: 11 ms for one token instead of 0.2, 12 for 128 instead of 5 to 7.
-        found.append("zero points that are floats run slowly on the CPU: a product of one token takes 30 times as long")
+        found.append("zero points that are floats run many times slower on the CPU, which computes them in fp32")
     if form.nodes and form.qdq:
         found.append("products through DequantizeLinear and MatMul; the embedding through GatherBlockQuantized")
     if kernels.key != "cpu":
