@@ -91,6 +91,33 @@ def build_llama_cpp(model: Path, folder: Path, python: str) -> None:
     bf16.unlink()
 
 
+def print_tables(runs: Mapping[str, list[dict[str, Any]]], sizes: Mapping[str, int], ours: set[str]) -> None:
+    """Medians, their ratios and the bars."""
+    print("\n| side | MB | peak resident MB | prefill tokens/s, median (min-max) | decode tokens/s, median (min-max) |")
+    print("| --- | --- | --- | --- | --- |")
+    median: dict[tuple[str, str], float] = {}
+    for name, each in runs.items():
+        cells = []
+        for phase in ("prefill", "decode"):
+            values = [run[phase] for run in each]
+            median[phase, name] = statistics.median(values)
+            cells.append(f"{median[phase, name]:.1f} ({min(values):.1f}-{max(values):.1f})")
+        resident = statistics.median(run["resident"] for run in each) / 1e6
+        print(f"| {name} | {sizes[name] / 1e6:.0f} | {resident:.0f} | {' | '.join(cells)} |")
+    mine, theirs = [n for n in runs if n in ours], [n for n in runs if n not in ours]
+    print(f"\n| prefill / decode ratio to | {' | '.join(theirs)} |\n" + "| --- " * (len(theirs) + 1) + "|")
+    for name in mine:
+        cells = [
+            " / ".join(f"{median[phase, name] / median[phase, peer]:.2f}" for phase in ("prefill", "decode"))
+            for peer in theirs
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
+    for (side, phase, peer), bar in BARS.items():
+        if side in runs and peer in runs:
+            ratio = median[phase, side] / median[phase, peer]
+            print(f"{side}: bar {phase} {bar:.2f} of {peer}: {ratio:.2f}, {verdict(ratio, bar, most=False)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -126,7 +153,8 @@ def main() -> None:
         prefill = statistics.median(options.prompt / seconds for seconds, _ in found["rounds"])
         decode = statistics.median(options.new / seconds for _, seconds in found["rounds"])
         print(f"{name}: {prefill:.1f} / {decode:.1f}, load {load:.1f}", flush=True)
-        return {"prefill": prefill, "decode": decode, "load": load, "system": found.get("system")}
+        return {"prefill": prefill, "decode": decode, "load": load, "system": found.get("system"),
+                "resident": found["resident"]}  # fmt: skip
 
     ort = [genai, str(HERE / "peer_genai.py")]
     for name, count in ((SHIPPED, 0), (ALL_CORES, threads)):
@@ -158,28 +186,7 @@ def main() -> None:
     print(f"{', '.join((*GENAI, *peer_llama_cpp.REQUIREMENTS))}; {peer_llama_cpp.NAME}")
     for system in {run["system"] for each in runs.values() for run in each if run["system"]}:
         print(system)
-    print("\n| side | MB | prefill tokens/s, median (min-max) | decode tokens/s, median (min-max) |")
-    print("| --- | --- | --- | --- |")
-    median: dict[tuple[str, str], float] = {}
-    for name, each in runs.items():
-        cells = []
-        for phase in ("prefill", "decode"):
-            values = [run[phase] for run in each]
-            median[phase, name] = statistics.median(values)
-            cells.append(f"{median[phase, name]:.1f} ({min(values):.1f}-{max(values):.1f})")
-        print(f"| {name} | {sizes[name] / 1e6:.0f} | {' | '.join(cells)} |")
-    mine, theirs = [n for n in runs if n in variants], [n for n in runs if n not in variants]
-    print(f"\n| prefill / decode ratio to | {' | '.join(theirs)} |\n" + "| --- " * (len(theirs) + 1) + "|")
-    for name in mine:
-        cells = [
-            " / ".join(f"{median[phase, name] / median[phase, peer]:.2f}" for phase in ("prefill", "decode"))
-            for peer in theirs
-        ]
-        print(f"| {name} | {' | '.join(cells)} |")
-    for (side, phase, peer), bar in BARS.items():
-        if side in runs and peer in runs:
-            ratio = median[phase, side] / median[phase, peer]
-            print(f"{side}: bar {phase} {bar:.2f} of {peer}: {ratio:.2f}, {verdict(ratio, bar, most=False)}")
+    print_tables(runs, sizes, set(variants))
 
 
 if __name__ == "__main__":

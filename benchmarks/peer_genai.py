@@ -2,13 +2,15 @@
 
     PYTHON benchmarks/peer_genai.py FOLDER PROMPT NEW THREADS REPEATS
 
-Prints as JSON the seconds of a prompt of PROMPT random tokens up to the first new token, and of NEW greedy tokens after
-it, for each repeat but a first one that warms up. THREADS 0 leaves genai_config.json as it is.
+Prints as JSON the peak resident bytes of the process, and the seconds of a prompt of PROMPT random tokens up to the
+first new token, and of NEW greedy tokens after it, for each repeat but a first one that warms up. THREADS 0 leaves
+genai_config.json as it is.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -37,7 +39,7 @@ def main(folder: str, prompt: int, new: int, threads: int, repeats: int) -> None
         for _ in range(new):
             generator.generate_next_token()
         rounds.append((first - start, time.perf_counter() - first))
-    print(json.dumps({"rounds": rounds[1:]}))
+    print(json.dumps({"rounds": rounds[1:], "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -117,7 +118,8 @@ def _generate(gguf: str, prompt: int, new: int, threads: int, repeats: int) -> N
             one[0] = step(one, 1)
         rounds.append((first - start, time.perf_counter() - first))
     system = lib.llama_print_system_info().decode()
-    print(json.dumps({"rounds": rounds[1:], "system": system}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    print(json.dumps({"rounds": rounds[1:], "system": system, "resident": peak}))
 
 
 if __name__ == "__main__":
