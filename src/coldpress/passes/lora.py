@@ -8,7 +8,6 @@ so that a merge can add the adapter to the very weights it was trained on.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -19,12 +18,14 @@ from coldpress.config.schema import DataConfig, Frozen
 from coldpress.data.prepare import Prepared, check_masks, clamp, prepare
 from coldpress.data.splits import split_seed
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
-from coldpress.errors import CheckpointError, DataError, MissingExtraError, PlanError
+from coldpress.errors import DataError, MissingExtraError, PlanError
 from coldpress.events import Message
-from coldpress.hardware import Hardware, library_versions
+from coldpress.hardware import library_versions
 from coldpress.nn.adapters import Targets, decoder_linears, four_bit_names, resolve_modules_to_save, resolve_targets
 from coldpress.nn.imports import needs_bitsandbytes
-from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
+from coldpress.passes.base import Context, Limits, PlanContext, Planned
+from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
+from coldpress.passes.training_estimate import size_of, training_estimate
 
 __all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
 
@@ -80,7 +81,7 @@ class LoRA:
         self._require_packages()
         _refuse(config, spec, env)
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
-            _size(spec, key, 1)
+            size_of(spec, key, 1)
         targets = resolve_targets(config.target_modules, spec.linear_layers(), spec.model_type)
         resolve_modules_to_save(config.modules_to_save, (tensor.name for tensor in spec.tensors))
         data = env.data(config.train_data_config)
@@ -105,7 +106,7 @@ class LoRA:
             adapter=AdapterSpec(config.r, config.alpha, targets.names),
             base_quantization=recorded,
         )
-        return Planned(planned, _estimate(config, spec, env, targets, quantization, length, data.name), notes)
+        return Planned(planned, training_estimate(config, spec, env, targets, quantization, length, data.name), notes)
 
     def limits(self, config: LoRAConfig, spec: Spec) -> Limits | None:
         return None  # training changes the model on purpose
@@ -118,7 +119,7 @@ class LoRA:
         targets = resolve_targets(config.target_modules, spec.linear_layers(), spec.model_type)
         tokenizer = Tokenizer.load(model.tokenizer_path)
         prepared = self._data(config, spec, tokenizer, ctx)
-        optimizer = str(_arguments(config, ctx)[0].get("optim") or "")
+        optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
         imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
         peft_model = _adapted(config, spec, targets, quantization, model, ctx)
         report = self._train(config, peft_model, prepared, tokenizer, ctx)
@@ -171,7 +172,7 @@ class LoRA:
         from coldpress.nn.train import train
 
         pre = ctx.data(config.train_data_config).pre_process_data_config
-        arguments, notes = _arguments(config, ctx)
+        arguments, notes = training_arguments(config, ctx)
         for note in notes:
             ctx.emit(Message("info", note, ctx.step))
         return train(
@@ -226,7 +227,7 @@ def _refuse(config: LoRAConfig, spec: Spec, env: PlanContext) -> None:
         )
     optimizer = str(config.training_args.get("optim") or "")
     if not on_gpu:
-        optimizer = _optimizer_on_cpu(optimizer)
+        optimizer = optimizer_on_cpu(optimizer)
     if needs_bitsandbytes(optimizer) and library_versions(("bitsandbytes",))["bitsandbytes"] is None:
         raise MissingExtraError(
             f"optim {optimizer} needs bitsandbytes, not installed",
@@ -244,7 +245,7 @@ def _notes(config: LoRAConfig, env: PlanContext) -> tuple[str, ...]:
     if env.accelerator.device == "cpu":
         optimizer = str(config.training_args.get("optim") or "")
         if optimizer.startswith("paged_"):
-            notes.append(f"optim {optimizer} needs an NVIDIA GPU; on the CPU {_optimizer_on_cpu(optimizer)} is used")
+            notes.append(f"optim {optimizer} needs an NVIDIA GPU; on the CPU {optimizer_on_cpu(optimizer)} is used")
         if config.torch_dtype == "bfloat16" and not env.hardware.fast_bf16:
             notes.append("this CPU has no bf16 instructions: it computes in float32, which is faster here")
     return tuple(notes)
@@ -263,37 +264,6 @@ def _four_bit_notes(spec: Spec) -> tuple[str, ...]:
         if left
         else ()
     )
-
-
-def _optimizer_on_cpu(name: str) -> str:
-    """The optimizer itself, or what stands in for one with paged memory, which only NVIDIA GPUs have."""
-    if name.startswith("paged_adamw"):
-        return "adamw_torch"
-    return {"paged_ademamix_32bit": "ademamix"}.get(name, name.removeprefix("paged_"))
-
-
-def _arguments(config: LoRAConfig, ctx: Context) -> tuple[dict[str, Any], list[str]]:
-    """Transformers' TrainingArguments: the config's, over what follows from the machine."""
-    on_gpu = ctx.accelerator.device == "gpu"
-    given = {name: value for name, value in config.training_args.items() if name != "output_dir"}
-    notes = []
-    optimizer = str(given.get("optim") or "")
-    if not on_gpu and optimizer.startswith("paged_"):
-        given["optim"] = _optimizer_on_cpu(optimizer)
-        notes.append(f"optim {optimizer} needs an NVIDIA GPU; {given['optim']} is used")
-    if given.get("gradient_checkpointing"):
-        given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    ours: dict[str, Any] = {"bf16": config.torch_dtype == "bfloat16" and (on_gpu or ctx.hardware.fast_bf16)}
-    if on_gpu:
-        ours["fp16"] = config.torch_dtype == "float16"
-    else:
-        ours.update(use_cpu=True, dataloader_pin_memory=False)
-    merged = {**ours, **given}
-    notes.append(
-        f"computes in {'bfloat16' if merged['bf16'] else 'float16' if merged.get('fp16') else 'float32'} "
-        f"on {'the GPU' if on_gpu else f'{ctx.hardware.threads} CPU threads'}"
-    )
-    return merged, notes
 
 
 def _adapted(
@@ -355,89 +325,3 @@ def _save(model: Any, folder: Any, targets: Targets) -> None:
     record = json.loads(path.read_text(encoding="utf-8"))
     record["target_modules"] = list(targets.peft)
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# -- estimates --------------------------------------------------------------------------------------------------------
-
-_PROCESS_BYTES = 500 << 20
-"""torch, Transformers and PEFT loaded."""
-_FLOPS_PER_THREAD = {True: 50e9, False: 25e9}
-"""Reached while training on a CPU, by whether products run in bf16; measured on one machine with AVX512."""
-_GPU_FLOPS = 100e12
-_BYTES_PER_TOKEN = 4.0
-"""Of text, in English."""
-
-
-def _estimate(
-    config: LoRAConfig,
-    spec: Spec,
-    env: PlanContext,
-    targets: Targets,
-    quantization: BaseQuantization | None,
-    length: int,
-    data_name: str,
-) -> Estimate:
-    """Memory: weights, adapter, optimizer, activations and logits of a batch. Time: 6 operations a weight and token."""
-    linear = spec.linear_layers()
-    width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
-    if config.torch_dtype == "bfloat16" and env.accelerator.device == "cpu" and not env.hardware.fast_bf16:
-        width = 4
-    in_four_bits = sum(math.prod(linear[name]) for name in four_bit_names(linear)) if quantization else 0
-    weights = (spec.parameters - in_four_bits) * width + int(in_four_bits * 0.57)
-    trained = sum(config.r * sum(linear[name]) for name in targets.modules)
-    whole = config.modules_to_save or ()
-    trained += sum(
-        math.prod(tensor.shape)
-        for tensor in spec.tensors
-        if tensor.name.removesuffix(".weight").rpartition(".")[2] in whole
-    )
-    arguments = config.training_args
-    rows = int(arguments.get("per_device_train_batch_size") or 8)
-    tokens = rows * length
-    layers = _size(spec, "num_hidden_layers", 1)
-    hidden = _size(spec, "hidden_size", 1)
-    inner = _size(spec, "intermediate_size", 4 * hidden)
-    kept = 1 if arguments.get("gradient_checkpointing") else layers
-    activations = tokens * (kept * (16 * hidden + 6 * inner) + layers * hidden) * 2
-    logits = tokens * _size(spec, "vocab_size", 1) * (4 + 4 + 2)
-    memory = weights + trained * 16 + activations + logits
-    adapter = trained * 4
-    seconds = (
-        6 * spec.parameters * _total_tokens(config, env, data_name, rows, length) / _speed(env.hardware, env, width)
-    )
-    on_gpu = env.accelerator.device == "gpu"
-    return Estimate(
-        ram=_PROCESS_BYTES + (weights if on_gpu else memory),
-        vram=memory if on_gpu else 0,
-        disk=adapter * 8,  # the adapter, and two checkpoints with optimizer states
-        seconds=5.0 + seconds,
-    )
-
-
-def _size(spec: Spec, key: str, default: int) -> int:
-    """A size of the model, or the default where config.json has none; raises CheckpointError for what is no size."""
-    value = spec.config.get(key)
-    if value is None:
-        return default
-    if type(value) is not int or value < 1:
-        raise CheckpointError(
-            f"config.json of the model: {key} is {value!r}, must be a whole number above 0",
-            hint="is the download complete? Otherwise correct the key in config.json",
-        )
-    return value
-
-
-def _speed(hardware: Hardware, env: PlanContext, width: int) -> float:
-    return _GPU_FLOPS if env.accelerator.device == "gpu" else hardware.threads * _FLOPS_PER_THREAD[width == 2]
-
-
-def _total_tokens(config: LoRAConfig, env: PlanContext, data_name: str, rows: int, length: int) -> float:
-    arguments = config.training_args
-    size = config.eval_dataset_size
-    share = 1 - size if isinstance(size, float) and size < 1 else 1.0
-    per_epoch = env.data_bytes.get(data_name, 1 << 20) / _BYTES_PER_TOKEN * share
-    total = per_epoch * float(arguments.get("num_train_epochs") or 3)
-    steps = int(arguments.get("max_steps") or -1)
-    if steps > 0:
-        total = min(total, float(steps) * rows * int(arguments.get("gradient_accumulation_steps") or 1) * length)
-    return total
