@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
+from coldpress import events
 from coldpress.registry import PASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +35,7 @@ PAGES = (
     "docs/adapters.md",
     "docs/families.md",
     "docs/profiles.md",
+    "docs/events.md",
 )
 
 
@@ -65,3 +70,22 @@ def test_the_limits_of_the_docs_are_those_of_the_code() -> None:
         for precision in row:
             config = builder.Config(precision=precision)
             assert rows[f"`ModelBuilder` {names}"] == figures(builder.limits(config, None))
+
+
+def test_every_event_and_field_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", text, re.MULTILINE))
+    kinds = typing.get_args(events.Event)
+    assert rows.keys() == {kind.__name__ for kind in kinds}
+    for kind in kinds:
+        names = re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", rows[kind.__name__]))
+        assert names == [field.name for field in dataclasses.fields(kind)], kind.__name__
+
+
+def test_the_example_line_of_the_docs_reads_back() -> None:
+    text = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    assert [json.loads(events.event_to_json(events.event_from_dict(json.loads(line)))) for line in lines] == [
+        json.loads(line) for line in lines
+    ]
+    assert lines

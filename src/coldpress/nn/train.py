@@ -26,6 +26,7 @@ from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.errors import Interrupted, TrainingError
 from coldpress.events import Message, Progress, Sink
 from coldpress.nn import imports
+from coldpress.nn.reporters import evaluation_loss
 
 __all__ = ["TrainingReport", "collate", "last_checkpoint", "train"]
 
@@ -222,7 +223,10 @@ def _trainer(
             watch.saved(folder / f"checkpoint-{state.global_step}")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            watch.logged(logs or {})
+            found = evaluation_loss(step, state.log_history) if "eval_loss" in (logs or {}) else None
+            watch.logged({**(logs or {}), **({} if found is None else {"best_eval_loss": found.best})})
+            if found is not None:
+                emit(found)
 
     ours = {
         "output_dir": str(folder),
@@ -329,7 +333,11 @@ class _Watch:
 
     def logged(self, logs: Mapping[str, Any]) -> None:
         self._values.update(
-            {name: float(logs[name]) for name in ("learning_rate", "grad_norm", "eval_loss") if name in logs}
+            {
+                name: float(logs[name])
+                for name in ("learning_rate", "grad_norm", "eval_loss", "best_eval_loss")
+                if name in logs
+            }
         )
 
     def saved(self, checkpoint: Path) -> None:
