@@ -47,8 +47,8 @@ def training(done: int, total: int = 153, **values: float) -> Progress:
 
 def test_figures_in_the_order_they_are_wanted() -> None:
     assert progress_figures(training(51)) == [
-        "loss 0.4669", "30 s left", "2,017 tok/s", "lr 0.00139", "eval loss 0.5012", "best eval loss 0.4987", "memory 1.2 GB",
-        "grad norm 1.3",
+        "loss 0.4669", "30 s left", "2,017 tok/s", "lr 0.00139", "eval loss 0.5012", "best eval loss 0.4987",
+        "memory 1.2 GB", "grad norm 1.3",
     ]  # fmt: skip
     assert "left" not in " ".join(progress_figures(training(153)))
     assert progress_figures(Progress("x", 1, 2, "", {"vram_bytes": 3e9})) == ["vram 3.0 GB"]

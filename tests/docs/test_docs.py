@@ -36,6 +36,7 @@ PAGES = (
     "docs/families.md",
     "docs/profiles.md",
     "docs/events.md",
+    "docs/watching.md",
 )
 
 

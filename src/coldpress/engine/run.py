@@ -15,6 +15,7 @@ from coldpress.artifacts.base import Artifact
 from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import Metric
 from coldpress.digest import digest_value
+from coldpress.engine.logs import log_folder, logs_elsewhere, reporters_of
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
 from coldpress.engine.proof import data_identity, judge, parity_text, refuse_if_too_far, text_identity
 from coldpress.engine.result import RunResult, Score, StepResult
@@ -200,6 +201,7 @@ class _Session:
                     "HF_HUB_DISABLE_TELEMETRY": "1",
                     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                     "DISABLE_TELEMETRY": "1",
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
                     "TOKENIZERS_PARALLELISM": "false",
                     "TRANSFORMERS_VERBOSITY": "warning",
                     # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
@@ -239,6 +241,8 @@ class _Session:
             entry = self.plan.store.get(step.key, touch=True)
             cached = entry is not None
             entry = self._work(step, model) if entry is None else self._proved(step, model, entry)
+        if cached and (told := logs_elsewhere(self.plan, step, entry)) is not None:
+            self.say(told, step.name)
         result = _step_result(step, entry, cached)
         self.steps.append(result)
         self.emit(
@@ -264,6 +268,7 @@ class _Session:
             result = self._perform(
                 "pass", step.name, model, step.needs_torch, _memory_advice(step),
                 type=step.type, config=step.config.model_dump(mode="json"), output=str(out), work=str(work),
+                logs=str(log_folder(self.plan, step)),
             )  # fmt: skip
             artifact = artifact_from_dict(result["artifact"])
             if (difference := step.spec.mismatch(artifact.describe())) is not None:
@@ -280,6 +285,7 @@ class _Session:
                 "config": step.config.model_dump(mode="json"),
                 "refers_to": _refers_to(artifact, self.plan.store.root),
                 **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
+                **({"logs": str(log_folder(self.plan, step))} if reporters_of(step) else {}),
             }
             if step.limits is not None:
                 record["parity"] = self._prove(step, model, artifact)

@@ -26,7 +26,7 @@ from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.errors import Interrupted, TrainingError
 from coldpress.events import Message, Progress, Sink
 from coldpress.nn import imports
-from coldpress.nn.reporters import evaluation_loss
+from coldpress.nn.reporters import evaluation_loss, reporting
 
 __all__ = ["TrainingReport", "collate", "last_checkpoint", "train"]
 
@@ -115,8 +115,11 @@ def train(
     work: Path,
     step: str,
     emit: Sink,
+    logs: Path | None = None,
 ) -> TrainingReport:
     """Train what requires gradients in `model`, in place. `arguments` are Transformers' TrainingArguments.
+
+    The services of `report_to` write into `logs` (default: a folder in `work`).
 
     Goes on from the last complete checkpoint in `work`. SIGTERM and SIGINT save one and raise Interrupted. Raises
     TrainingError when the loss is not finite, or the arguments do not go together.
@@ -130,13 +133,23 @@ def train(
     if resume is not None:
         watch.resume(resume)
     started = time.perf_counter()
-    with _stop_signals(watch), imports.quiet_renames():
+    told = reporting(
+        arguments.get("report_to"),
+        step=step,
+        logs=logs or work / "logs",
+        work=work,
+        resumed_at=watch.resumed_from,
+        emit=emit,
+    )
+    with _stop_signals(watch), imports.quiet_renames(), told as callbacks:
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if watch.stopped:
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
-            hint="its checkpoint is kept: the same command goes on from there",
-        )
+        if watch.stopped:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
+                hint="its checkpoint is kept: the same command goes on from there",
+            )
     done = int(trainer.state.global_step)
     if done == 0:
         raise TrainingError("not one training step was made", hint="check num_train_epochs, max_steps and the data")
@@ -231,14 +244,14 @@ def _trainer(
     ours = {
         "output_dir": str(folder),
         "disable_tqdm": True,
-        "report_to": "none",
         "prediction_loss_only": True,
         "save_total_limit": 2,
         "save_strategy": "steps" if "save_steps" in arguments else "no",
     }
+    given = {name: value for name, value in arguments.items() if name != "logging_dir"}
     try:
         with imports.quiet_renames():
-            checked = transformers.TrainingArguments(**{**ours, **arguments})
+            checked = transformers.TrainingArguments(**{**ours, **given, "report_to": "none"})
         watch = _Watch(step, emit, _tokens_per_step(sequences, checked), timed=str(checked.save_strategy.value) == "no")
         trainer = WatchedTrainer(
             model=model,

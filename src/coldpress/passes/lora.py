@@ -23,6 +23,7 @@ from coldpress.events import Message
 from coldpress.hardware import library_versions
 from coldpress.nn.adapters import Targets, decoder_linears, four_bit_names, resolve_modules_to_save, resolve_targets
 from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.nn.reporters import require_reporters
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_estimate import size_of, training_estimate
@@ -79,6 +80,7 @@ class LoRA:
 
     def plan(self, config: LoRAConfig, spec: Spec, env: PlanContext) -> Planned:
         self._require_packages()
+        require_reporters(config.training_args.get("report_to"))
         _refuse(config, spec, env)
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
             size_of(spec, key, 1)
@@ -186,6 +188,7 @@ class LoRA:
             work=ctx.work,
             step=ctx.step,
             emit=ctx.emit,
+            logs=ctx.logs,
         )
 
 
