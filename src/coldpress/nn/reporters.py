@@ -1,4 +1,4 @@
-"""What a training tells while it runs: evaluation losses as events, and the services that `report_to` names.
+"""The services that a training reports to while it runs (`report_to`).
 
 TensorBoard and MLflow write into a folder of the run's output, where they can be watched while the training goes on;
 what the user's environment says (TENSORBOARD_LOGGING_DIR, MLFLOW_TRACKING_URI) comes first. Other services go where
@@ -12,33 +12,20 @@ import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coldpress.config.reporters import REPORTERS, reporters_asked
 from coldpress.errors import Interrupted, MissingExtraError, TrainingError
-from coldpress.events import EvaluationLoss, Message, Sink
+from coldpress.events import Message, Sink
 from coldpress.hardware import library_versions
 
-__all__ = ["evaluation_loss", "reporting", "require_reporters"]
+__all__ = ["reporting", "require_reporters"]
 
 _RUN_FILE = "mlflow-run.json"
 """In the work folder: which MLflow run to go on with."""
-
-
-def evaluation_loss(step: str, history: Iterable[Mapping[str, Any]]) -> EvaluationLoss | None:
-    """The last evaluation in Trainer's log, and the best one; None before the first.
-
-    A resumed training has the log of what came before, so its best is the best of all.
-    """
-    found = [(float(point["eval_loss"]), int(point["step"])) for point in history if "eval_loss" in point]
-    if not found:
-        return None
-    best, best_at = min(found)
-    loss, at = found[-1]
-    return EvaluationLoss(step, at, loss, best, best_at)
 
 
 def require_reporters(report_to: Any) -> None:
@@ -98,12 +85,17 @@ def _tensorboard(training: _Training) -> Iterator[Any]:
         from tensorboardX import SummaryWriter
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(training.logs / "tensorboard")
     purge = None if training.resumed_at is None else training.resumed_at + 1
-    writer = SummaryWriter(log_dir=os.path.expanduser(folder), purge_step=purge)  # noqa: PTH111 - as Trainer does
+    folder = os.path.expanduser(folder)  # noqa: PTH111 - as Transformers' callback does
+    writer = SummaryWriter(log_dir=folder, purge_step=purge)
+    callback = TensorBoardCallback(writer)
+    callback.logging_dir = folder  # it opens it again for an evaluation after the last step
     training.say(f"reports to TensorBoard: tensorboard --logdir {folder}")
     try:
-        yield TensorBoardCallback(writer)
+        yield callback
     finally:
         writer.close()
+        if callback.tb_writer is not None:
+            callback.tb_writer.close()
 
 
 @contextlib.contextmanager

@@ -184,7 +184,6 @@ class LoRA:
             arguments=arguments,
             pad_id=tokenizer.pad_id,
             padding_side=pre.padding_side,
-            use_mask=pre.use_attention_mask,
             work=ctx.work,
             step=ctx.step,
             emit=ctx.emit,
