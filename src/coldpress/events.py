@@ -111,6 +111,8 @@ class ScoreMeasured:
     standard_error: float
     n: int
     cached: bool = False
+    unit: str = ""
+    """share, bytes, ms ...; empty for a bare number."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from coldpress.registry import PASSES
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_pass_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_passes", ROOT / "docs" / "make_passes.py")
+@pytest.mark.parametrize(("maker", "made"), [("make_passes.py", "passes.md"), ("make_record.py", "run-record.md")])
+def test_what_is_made_from_the_code_is_current(maker: str, made: str) -> None:
+    spec = importlib.util.spec_from_file_location(maker.removesuffix(".py"), ROOT / "docs" / maker)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "passes.md").read_text(encoding="utf-8") == module.page(), "run python docs/make_passes.py"
+    assert (ROOT / "docs" / made).read_text(encoding="utf-8") == module.page(), f"run python docs/{maker}"
 
 
 PAGES = (
@@ -36,6 +37,7 @@ PAGES = (
     "docs/families.md",
     "docs/profiles.md",
     "docs/events.md",
+    "docs/run-record.md",
     "docs/watching.md",
 )
 

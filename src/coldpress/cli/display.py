@@ -25,7 +25,7 @@ from coldpress.events import (
     StepStarted,
     event_to_json,
 )
-from coldpress.units import duration, size
+from coldpress.units import duration, quantity, size, spread
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -196,8 +196,8 @@ def _text(event: Event, width: int) -> str | None:
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""
         return (
-            f"{event.model:{width}s}  {event.metric} {event.value:.1%} ± {event.standard_error:.1%} "
-            f"({event.n} records){cached}"
+            f"{event.model:{width}s}  {event.metric} {quantity(event.value, event.unit)} "
+            f"{spread(event.standard_error, event.unit)} ({event.n} records){cached}"
         )
     if isinstance(event, Message):
         if event.level == "debug":

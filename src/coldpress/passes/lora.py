@@ -27,6 +27,7 @@ from coldpress.nn.reporters import require_reporters
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_estimate import size_of, training_estimate
+from coldpress.passes.training_record import document_training
 
 __all__ = ["LoRA", "LoRAConfig", "QLoRA", "QLoRAConfig"]
 
@@ -128,7 +129,16 @@ class LoRA:
         folder = ctx.output / "adapter"
         _save(peft_model, folder, targets)
         copy_tokenizer(model.tokenizer_path, folder)
-        (folder / "training.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        document_training(
+            folder,
+            report.to_dict(),
+            method=type(self).__name__,
+            config=config,
+            arguments=training_arguments(config, ctx)[0],
+            prepared=prepared,
+            model=model,
+            ctx=ctx,
+        )
         return Artifact(
             path=ctx.output,
             kind="checkpoint",
