@@ -38,6 +38,7 @@ PAGES = (
     "docs/profiles.md",
     "docs/events.md",
     "docs/run-record.md",
+    "docs/report.md",
     "docs/watching.md",
 )
 

@@ -1,8 +1,9 @@
-"""What a run leaves in its output folder besides the model: its record, model cards, training curves.
+"""What a run leaves in its output folder besides the model: its record, report, model cards, training curves.
 
 output_dir/
   model/README.md             the card of what was handed over
   logs/STEP/training.json     every figure of a training
+  report.html                 the run as a page
   run.json                    written last; there is none without a model that belongs to it
   failed.json                 of the last run, if that failed
 """
@@ -40,6 +41,7 @@ from coldpress.record import (
     read_training,
     to_json,
 )
+from coldpress.report.page import write_report
 
 __all__ = ["LIBRARIES", "Outcome"]
 
@@ -72,6 +74,7 @@ class Outcome:
             record = self._record(steps)
             self._cards(record, model)
             record = record.model_copy(update={"output": self._output(model)})
+            write_report(record, folder)
             write_json(folder / RECORD_FILE, to_json(record))
             (folder / FAILED_FILE).unlink(missing_ok=True)
         plan.store.digests.save()
@@ -97,6 +100,7 @@ class Outcome:
                 }
             )
             write_json(folder / FAILED_FILE, to_json(record))
+            write_report(record, folder)
         return folder / FAILED_FILE
 
     # -- parts of the record ------------------------------------------------------------------------------------------
