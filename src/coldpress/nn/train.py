@@ -206,7 +206,8 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
     for name in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_nan_inf_filter"):
         given.pop(name, None)  # see Stopping, and Watch: a loss that is no number ends the training
     try:
-        checked = transformers.TrainingArguments(**{**ours, **given}, per_device_train_batch_size=rows)
+        with imports.quiet_renames():
+            checked = transformers.TrainingArguments(**{**ours, **given}, per_device_train_batch_size=rows)
     except (TypeError, ValueError, ImportError) as error:
         raise TrainingError(f"training_args: {error}", hint="see Transformers' TrainingArguments") from error
     checked._n_gpu = min(checked.n_gpu, 1)  # several devices are several processes here, never DataParallel
