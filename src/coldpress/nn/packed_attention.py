@@ -150,7 +150,7 @@ class _TakeBack(torch.autograd.Function):  # type: ignore[misc]
         return gradient.index_select(0, take).index_fill_(0, filling, 0), None, None, None
 
 
-class _ShortCausal(torch.autograd.Function):
+class _ShortCausal(torch.autograd.Function):  # type: ignore[misc]
     """Causal attention on a CPU: torch's kernel forward, plain matrix products backward. [n, H, L, D] each.
 
     P = exp(s Q K^T - lse);  dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = s dS K;  dK = s dS^T Q
