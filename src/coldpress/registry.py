@@ -75,7 +75,8 @@ PASSES = LazyTable(
     "coldpress.passes",
     {
         "LoRA": "coldpress.passes.lora:LoRA",
-        "QLoRA": "coldpress.passes.lora:QLoRA",
+        "DoRA": "coldpress.passes.lora:DoRA",
+        "QLoRA": "coldpress.passes.quantized_lora:QLoRA",
         "MergeAdapterWeights": "coldpress.passes.merge_adapter_weights:MergeAdapterWeights",
         "ModelBuilder": "coldpress.passes.model_builder:ModelBuilder",
         "ExtractAdapters": "coldpress.passes.extract_adapters:ExtractAdapters",
