@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,9 @@ def put_adapter_on(base: Any, peft_type: str, settings: Mapping[str, Any], seed:
 
     kinds = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}
     # The adapter's first values are drawn here, before Trainer seeds; the caller's generator is left as it was.
-    with torch.random.fork_rng(devices=[]), imports.quiet_renames():
+    with torch.random.fork_rng(devices=[]), imports.quiet_renames(), warnings.catch_warnings():
+        # PEFT's own conversion is not used; the one below knows the scale of each layer.
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern")
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(base, kinds[peft_type](**settings))
     for parameter in adapted.parameters():
