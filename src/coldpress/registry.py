@@ -76,6 +76,8 @@ PASSES = LazyTable(
     {
         "LoRA": "coldpress.passes.lora:LoRA",
         "DoRA": "coldpress.passes.lora:DoRA",
+        "LoHa": "coldpress.passes.low_rank_products:LoHa",
+        "LoKr": "coldpress.passes.low_rank_products:LoKr",
         "QLoRA": "coldpress.passes.quantized_lora:QLoRA",
         "MergeAdapterWeights": "coldpress.passes.merge_adapter_weights:MergeAdapterWeights",
         "ModelBuilder": "coldpress.passes.model_builder:ModelBuilder",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coldpress.artifacts.adapter_record import AdapterSpec, adapter_spec, modules_of
+from coldpress.artifacts.json_file import read_json
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.stored import Packing
 from coldpress.artifacts.tensors import TensorFile, TensorInfo
@@ -256,19 +257,6 @@ class Artifact:
             adapter=self._describe_adapter(),
             execution_provider=self.execution_provider,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model; raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", hint="is the download complete?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}", hint="download the model again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _has_tokenizer(path: Path) -> bool:

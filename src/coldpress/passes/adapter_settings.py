@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def resolve_adapter(config: AdapterConfig, spec: Spec, peft_type: str, own: Mapp
         "task_type": "CAUSAL_LM",
         **own,
     }
-    settings.update(_tying(spec, targets, whole))
+    settings.update(_tying(spec, targets, whole, peft_type))
     saved = settings
     notes: tuple[str, ...] = () if targets.note is None else (targets.note,)
     if begins_with_base(settings):
@@ -108,7 +108,7 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _tying(spec: Spec, targets: Targets, whole: tuple[str, ...]) -> dict[str, Any]:
+def _tying(spec: Spec, targets: Targets, whole: tuple[str, ...], peft_type: str) -> dict[str, Any]:
     """What a model needs that uses one matrix as embedding and head; raises PlanError for what would separate them."""
     head = any(tensor.name.endswith("lm_head.weight") for tensor in spec.tensors)
     if not spec.config.get("tie_word_embeddings", not head):
@@ -121,7 +121,14 @@ def _tying(spec: Spec, targets: Targets, whole: tuple[str, ...]) -> dict[str, An
             "of one of them would separate the two",
             hint="name the embedding in modules_to_save: it is trained whole, and as both",
         )
-    return {"ensure_weight_tying": True} if any(name.endswith(_EMBEDDINGS) for name in whole) else {}
+    if not any(name.endswith(_EMBEDDINGS) for name in whole):
+        return {}
+    if peft_type != "LORA":
+        raise PlanError(
+            "the model uses one matrix as embedding and head, and PEFT keeps them together under LoRA only",
+            hint="leave the embedding out of modules_to_save, or use LoRA",
+        )
+    return {"ensure_weight_tying": True}
 
 
 def _refuse_long_ranks(ranks: Mapping[str, int], spec: Spec) -> None:
@@ -160,13 +167,42 @@ def trained_parameters(adaptation: Adaptation, spec: Spec) -> int:
     linear = spec.linear_layers()
     count = 0
     for name, rank in adaptation.ranks.items():
-        out, into = linear[name]
-        count += rank * (out + into)
-        if adaptation.settings.get("use_dora"):
-            count += out
+        count += _OF_LAYER[adaptation.peft_type](adaptation.settings, rank, *linear[name])
     whole = tuple(f"{name}." for name in adaptation.whole)
     count += sum(math.prod(tensor.shape) for tensor in spec.tensors if whole and tensor.name.startswith(whole))
     return count + sum(_biases(adaptation, spec).values())
+
+
+def _of_lora(settings: Mapping[str, Any], rank: int, out: int, into: int) -> int:
+    return rank * (out + into) + (out if settings["use_dora"] else 0)
+
+
+def _of_loha(settings: Mapping[str, Any], rank: int, out: int, into: int) -> int:
+    return 2 * rank * (out + into)
+
+
+def _of_lokr(settings: Mapping[str, Any], rank: int, out: int, into: int) -> int:
+    """As PEFT decides what is whole and what a product."""
+    (a, b), (c, d) = (_factors(size, settings["decompose_factor"]) for size in (out, into))
+    left = rank * (a + c) if settings["decompose_both"] and rank < max(a, c) / 2 else a * c
+    return left + (rank * (b + d) if rank < max(b, d) / 2 else b * d)
+
+
+def _factors(size: int, factor: int) -> tuple[int, int]:
+    """Two numbers whose product is `size`, the first as `decompose_factor` asks or as near below it as it divides."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor < 0 else min(math.isqrt(size), factor)
+    first = max(number for number in range(1, most + 1) if size % number == 0)
+    return first, size // first
+
+
+_OF_LAYER: Mapping[str, Callable[[Mapping[str, Any], int, int, int], int]] = {
+    "LORA": _of_lora,
+    "LOHA": _of_loha,
+    "LOKR": _of_lokr,
+}
+"""Numbers trained in a layer, by PEFT's type, of its settings, rank, outputs and inputs."""
 
 
 def _biases(adaptation: Adaptation, spec: Spec) -> dict[str, int]:

@@ -162,6 +162,11 @@ def _lora_modules(
     if config.adapter == "merge":
         odd = config.adapter_modules is not None
         return frozenset(), ["adapter_modules is for adapter: inputs; leave it out, or say so"] if odd else []
+    if adapter is not None and adapter.kind != "LoRA":
+        odd_kind = (
+            f"adapter: inputs takes LoRA, and the model's is {adapter.kind}, which can be merged alone: leave it out"
+        )
+        return frozenset(), [odd_kind]
     modules = config.adapter_modules
     if modules is None:
         modules = () if adapter is None else adapter.target_modules

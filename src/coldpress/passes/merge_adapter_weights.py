@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from coldpress.artifacts.adapter import AdapterWeights, MergedTensors
+from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_inputs import copy_adapter, lora_inputs
+from coldpress.artifacts.adapter_merged import MergedTensors
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, read_json
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.tensors import TensorInfo, TensorSource, numpy_dtype, write_safetensors
