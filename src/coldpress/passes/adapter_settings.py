@@ -17,7 +17,7 @@ from coldpress.passes.training_config import AdapterConfig
 if TYPE_CHECKING:
     from coldpress.passes.lora import LoRAConfig
 
-__all__ = ["Adaptation", "lora_adaptation", "resolve_adapter", "trained_parameters"]
+__all__ = ["Adaptation", "lora_adaptation", "refuse_long_ranks", "resolve_adapter", "trained_parameters"]
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out")
@@ -83,7 +83,7 @@ def resolve_adapter(config: AdapterConfig, spec: Spec, peft_type: str, own: Mapp
     saved = settings
     notes: tuple[str, ...] = () if targets.note is None else (targets.note,)
     if begins_with_base(settings):
-        _refuse_long_ranks(ranks, spec)
+        refuse_long_ranks(ranks, spec)
         saved = doubled(settings)
         start = settings["init_lora_weights"]
         notes += (f"init_lora_weights {start} ends as an adapter of the unchanged base, of rank {saved['r']}",)
@@ -131,7 +131,8 @@ def _tying(spec: Spec, targets: Targets, whole: tuple[str, ...], peft_type: str)
     return {"ensure_weight_tying": True}
 
 
-def _refuse_long_ranks(ranks: Mapping[str, int], spec: Spec) -> None:
+def refuse_long_ranks(ranks: Mapping[str, int], spec: Spec) -> None:
+    """Raise PlanError for a rank beyond what the layer's own matrix has."""
     shapes = spec.linear_layers()
     for name, rank in ranks.items():
         if rank > min(shapes[name]):

@@ -7,6 +7,7 @@ artifact records how, so that a merge can add the adapter to the very weights it
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
@@ -57,6 +58,11 @@ class AdapterTraining:
             raise PlanError("the model has an adapter already", hint="put MergeAdapterWeights before this step")
         adaptation = self.adaptation(config, spec)
         quantization = self.quantization(config, spec)
+        if quantization is not None and spec.packings:
+            raise PlanError(
+                "the model is quantized already, so it cannot be held in 4 bits of bitsandbytes",
+                hint="take the unquantized model, or train a plain LoRA adapter",
+            )
         length, notes = sequence_length(config, spec, env)
         notes = (*adaptation.notes, *notes, *training_notes(config, env), *self.notes(config, spec))
         planned = Spec(
@@ -91,26 +97,35 @@ class AdapterTraining:
         prepared = prepared_data(config, spec, tokenizer, ctx)
         optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
         imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
-        base = self.loaded(config, quantization, model, ctx)
+        folder = self.base_folder(config, adaptation, model, ctx)
+        base = self.loaded(config, quantization, folder, ctx)
         adapted = put_adapter_on(
             base, adaptation.peft_type, adaptation.settings, int(config.training_args.get("seed") or 42)
         )
+        self.begin(config, adaptation, adapted, model, ctx)
         start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
         record = train_model(config, adapted, prepared, tokenizer, ctx)
-        folder = ctx.output / "adapter"
-        save_adapter(adapted, folder, adaptation.targets.peft, settings=adaptation.saved, start=start)
-        copy_tokenizer(model.tokenizer_path, folder)
-        write_record(folder, {**record, "method": type(self).__name__})
+        adapter = ctx.output / "adapter"
+        save_adapter(adapted, adapter, adaptation.targets.peft, settings=adaptation.saved, start=start)
+        copy_tokenizer(model.tokenizer_path, adapter)
+        write_record(adapter, {**record, "method": type(self).__name__})
         return Artifact(
             path=ctx.output,
             kind="checkpoint",
-            model=model.model,
-            adapter=folder,
-            tokenizer=folder,
+            model=folder,
+            adapter=adapter,
+            tokenizer=adapter,
             base_quantization=quantization if self.recorded(config) else None,
         )
 
-    def loaded(self, config: Any, quantization: BaseQuantization | None, model: Artifact, ctx: Context) -> Any:
+    def base_folder(self, config: Any, adaptation: Adaptation, model: Artifact, ctx: Context) -> Path:
+        """Where the base lies that is trained on."""
+        return model.model
+
+    def begin(self, config: Any, adaptation: Adaptation, adapted: Any, model: Artifact, ctx: Context) -> None:
+        """Give a fresh adapter other first values than PEFT did."""
+
+    def loaded(self, config: Any, quantization: BaseQuantization | None, folder: Path, ctx: Context) -> Any:
         """The base model, to be frozen."""
         import torch
 
@@ -118,7 +133,7 @@ class AdapterTraining:
 
         dtype, slow_bf16 = computes_in(config, ctx)
         base = load_model(
-            model.model,
+            folder,
             dtype=dtype if quantization is None else quantization.compute_dtype,
             trust_remote_code=ctx.trust_remote_code,
             quantization=quantization,
