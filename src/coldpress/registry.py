@@ -75,7 +75,11 @@ PASSES = LazyTable(
     "coldpress.passes",
     {
         "LoRA": "coldpress.passes.lora:LoRA",
-        "QLoRA": "coldpress.passes.lora:QLoRA",
+        "DoRA": "coldpress.passes.lora:DoRA",
+        "LoHa": "coldpress.passes.low_rank_products:LoHa",
+        "LoKr": "coldpress.passes.low_rank_products:LoKr",
+        "QLoRA": "coldpress.passes.quantized_lora:QLoRA",
+        "LoftQ": "coldpress.passes.quantized_lora:LoftQ",
         "MergeAdapterWeights": "coldpress.passes.merge_adapter_weights:MergeAdapterWeights",
         "ModelBuilder": "coldpress.passes.model_builder:ModelBuilder",
         "ExtractAdapters": "coldpress.passes.extract_adapters:ExtractAdapters",

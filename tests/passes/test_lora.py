@@ -20,7 +20,8 @@ from coldpress.errors import CheckpointError, MissingExtraError, PlanError
 from coldpress.events import Event, Message
 from coldpress.hardware import Gpu
 from coldpress.passes.base import Context, PlanContext
-from coldpress.passes.lora import LoRA, LoRAConfig, QLoRA, QLoRAConfig
+from coldpress.passes.lora import LoRA, LoRAConfig
+from coldpress.passes.quantized_lora import QLoRA, QLoRAConfig
 
 ARGUMENTS = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 1, "logging_steps": 1}
 
@@ -179,7 +180,7 @@ def test_optimizers_of_bitsandbytes(
     assert any("paged_lion_32bit needs an NVIDIA GPU; on the CPU lion_32bit" in note for note in notes)
     versions = {**dict.fromkeys(LoRA.libraries, "1"), "bitsandbytes": None}
     monkeypatch.setattr(
-        "coldpress.passes.lora.library_versions", lambda names: {name: versions[name] for name in names}
+        "coldpress.passes.fine_tuning.library_versions", lambda names: {name: versions[name] for name in names}
     )
     with pytest.raises(MissingExtraError, match="optim adamw_bnb_8bit needs bitsandbytes, not installed"):
         LoRA().plan(config, base.describe(), plan_context)
@@ -233,7 +234,7 @@ def test_planning_imports_no_torch(tiny_phi3: Path) -> None:
         "import sys\nfrom pathlib import Path\n"
         "from coldpress.artifacts.base import Artifact\nfrom coldpress.config.schema import *\n"
         "from coldpress.hardware import detect\nfrom coldpress.passes.base import PlanContext\n"
-        "from coldpress.passes.lora import QLoRA, QLoRAConfig\n"
+        "from coldpress.passes.quantized_lora import QLoRA, QLoRAConfig\n"
         "data = DataConfig(name='d', load_dataset_config=LoadDataset(data_name='json', data_files='x'))\n"
         f"spec = Artifact.load(Path({str(tiny_phi3)!r})).describe()\n"
         "QLoRA().plan(QLoRAConfig(train_data_config=data), spec, PlanContext(detect(), Accelerator(), {}, {}))\n"

@@ -7,7 +7,10 @@ from typing import Any
 
 from coldpress.errors import PlanError
 
-__all__ = ["refuse_unknown_kinds"]
+__all__ = ["KINDS", "refuse_unknown_kinds"]
+
+KINDS = ("LORA", "LOHA", "LOKR")
+"""PEFT's types that can be."""
 
 _REFUSED: Mapping[str, str] = {
     "use_qalora": "QA-LoRA",
@@ -27,8 +30,8 @@ _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 def refuse_unknown_kinds(record: Mapping[str, Any]) -> None:
     """`record`: adapter_config.json. Raises PlanError."""
     kind = str(record.get("peft_type"))
-    if kind != "LORA":
-        raise PlanError(f"the adapter is of the type {kind}, and only LORA can be merged yet")
+    if kind not in KINDS:
+        raise PlanError(f"the adapter is of the type {kind}; what can be merged: {', '.join(KINDS)}")
     odd = [said for key, said in _REFUSED.items() if record.get(key)]
     start = str(record.get("init_lora_weights"))
     if start.startswith(_CHANGES_BASE):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from coldpress.artifacts.adapter_record import AdapterSpec, adapter_spec, modules_of
+from coldpress.artifacts.json_file import read_json
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.stored import Packing
 from coldpress.artifacts.tensors import TensorFile, TensorInfo
@@ -23,16 +25,6 @@ __all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "read_json"]
 
 ARTIFACT_FILE = "artifact.json"
 _MARKS = (ARTIFACT_FILE, "genai_config.json", "adapter_config.json", "config.json")
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """A low-rank adapter on top of a checkpoint."""
-
-    r: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    """Last part of the names of the linear layers it changes."""
 
 
 @dataclass(frozen=True)
@@ -241,17 +233,10 @@ class Artifact:
         if self.adapter is None:
             return None
         record = read_json(self.adapter / "adapter_config.json")
+        with TensorFile(self.adapter / "adapter_model.safetensors") as own:
+            modules = modules_of(info.name for info in own.infos())
         try:
-            targets = record["target_modules"]
-            if isinstance(targets, str):  # a regular expression, or all-linear
-                with TensorFile(self.adapter / "adapter_model.safetensors") as own:
-                    parts = (info.name.partition(".lora_") for info in own.infos())
-                    targets = [module for module, lora, _ in parts if lora]
-            return AdapterSpec(
-                r=int(record["r"]),
-                alpha=float(record["lora_alpha"]),
-                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in targets})),
-            )
+            return adapter_spec(record, modules)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.adapter / 'adapter_config.json'} is no low-rank adapter's config: {error!r}",
@@ -272,19 +257,6 @@ class Artifact:
             adapter=self._describe_adapter(),
             execution_provider=self.execution_provider,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model; raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", hint="is the download complete?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}", hint="download the model again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _has_tokenizer(path: Path) -> bool:

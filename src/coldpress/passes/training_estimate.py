@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from coldpress.artifacts.base import BaseQuantization, Spec
 from coldpress.errors import CheckpointError
 from coldpress.hardware import Hardware
-from coldpress.nn.adapters import Targets, four_bit_names
+from coldpress.nn.adapters import four_bit_names
 from coldpress.passes.base import Estimate, PlanContext
 
 if TYPE_CHECKING:
-    from coldpress.passes.lora import LoRAConfig
+    from coldpress.passes.training_config import TrainingConfig
 
 __all__ = ["size_of", "training_estimate"]
 
@@ -26,28 +26,24 @@ _BYTES_PER_TOKEN = 4.0
 
 
 def training_estimate(
-    config: LoRAConfig,
+    config: TrainingConfig,
     spec: Spec,
     env: PlanContext,
-    targets: Targets,
+    trained: int,
     quantization: BaseQuantization | None,
     length: int,
     data_name: str,
 ) -> Estimate:
-    """Memory: weights, adapter, optimizer, activations and logits of a batch. Time: 6 operations a weight and token."""
+    """Memory: weights, optimizer, activations and logits of a batch. Time: 6 operations a weight and token.
+
+    `trained` counts the numbers that are trained beside the weights, in float32.
+    """
     linear = spec.linear_layers()
     width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
     if config.torch_dtype == "bfloat16" and env.accelerator.device == "cpu" and not env.hardware.fast_bf16:
         width = 4
     in_four_bits = sum(math.prod(linear[name]) for name in four_bit_names(linear)) if quantization else 0
     weights = (spec.parameters - in_four_bits) * width + int(in_four_bits * 0.57)
-    trained = sum(config.r * sum(linear[name]) for name in targets.modules)
-    whole = config.modules_to_save or ()
-    trained += sum(
-        math.prod(tensor.shape)
-        for tensor in spec.tensors
-        if tensor.name.removesuffix(".weight").rpartition(".")[2] in whole
-    )
     arguments = config.training_args
     rows = int(arguments.get("per_device_train_batch_size") or 8)
     tokens = rows * length
@@ -88,7 +84,7 @@ def _speed(hardware: Hardware, env: PlanContext, width: int) -> float:
     return _GPU_FLOPS if env.accelerator.device == "gpu" else hardware.threads * _FLOPS_PER_THREAD[width == 2]
 
 
-def _total_tokens(config: LoRAConfig, env: PlanContext, data_name: str, rows: int, length: int) -> float:
+def _total_tokens(config: TrainingConfig, env: PlanContext, data_name: str, rows: int, length: int) -> float:
     arguments = config.training_args
     size = config.eval_dataset_size
     share = 1 - size if isinstance(size, float) and size < 1 else 1.0

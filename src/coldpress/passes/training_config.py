@@ -1,0 +1,50 @@
+"""Parameters that fine-tuning passes share: every training's, and those of every adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from coldpress.config.schema import DataConfig, Frozen
+
+__all__ = ["AdapterConfig", "TrainingConfig"]
+
+
+class TrainingConfig(Frozen):
+    """Parameters of every training."""
+
+    train_data_config: str | DataConfig
+    """Data to train on."""
+    eval_data_config: str | DataConfig | None = None
+    """Data to measure the evaluation loss on."""
+    eval_dataset_size: float | int | None = Field(default=None, gt=0)
+    """Part of the training data to hold out instead: a share below 1, or a number of rows."""
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the frozen weights and of the matrix products; what is trained is always float32."""
+    training_args: Mapping[str, Any] = Field(default_factory=dict)
+    """Transformers' TrainingArguments."""
+
+
+class AdapterConfig(TrainingConfig):
+    """Parameters of every adapter's training."""
+
+    r: int = Field(default=64, ge=1)
+    """Rank of the adapter."""
+    alpha: float = Field(default=16, gt=0)
+    """The adapter's contribution is scaled by alpha / r."""
+    target_modules: str | tuple[str, ...] | None = None
+    """Linear layers to adapt: names, a regular expression, or all-linear; null is the usual attention layers."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Linear layers to leave out of these: names, or a regular expression."""
+    layers_to_transform: int | tuple[int, ...] | None = None
+    """Numbers of the blocks to adapt, from 0; null is all."""
+    layers_pattern: str | tuple[str, ...] | None = None
+    """Name of the list that layers_to_transform counts in (layers, h ...), where a model has several."""
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """Other ranks for some layers: a name, or a regular expression for the end of a name, to a rank."""
+    alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
+    """Other alphas for some layers."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules to train whole, besides the adapter."""
