@@ -20,11 +20,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-__all__ = ["fused_layers", "random_mask"]
+__all__ = ["Fused", "fused_layers", "random_mask"]
 
 Weight = Callable[[], torch.Tensor]
 
@@ -181,10 +182,20 @@ def _rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
 # -- in the place of what ----------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Fused:
+    """What was replaced."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Layers of each kind."""
+    trained: set[int] = field(default_factory=set)
+    """Identities of the trained parameters whose products are made in the layer's own type, whatever theirs is."""
+
+
 @contextmanager
-def fused_layers(model: Any) -> Iterator[Counter[str]]:
-    """While the block runs, layers of `model` compute by the functions above; yields how many of each kind."""
-    found: Counter[str] = Counter()
+def fused_layers(model: Any) -> Iterator[Fused]:
+    """While the block runs, layers of `model` compute by the functions above."""
+    found = Fused()
     undo: list[Callable[[], None]] = []
     try:
         for module in model.modules():
@@ -193,13 +204,15 @@ def fused_layers(model: Any) -> Iterator[Counter[str]]:
                 if forward is not None and _agrees(module, forward):
                     module.forward = forward
                     undo.append(lambda module=module: module.__dict__.pop("forward", None))  # type: ignore[misc]
-                    found[kind] += 1
+                    found.counts[kind] += 1
+                    if make is _linear:
+                        found.trained |= {id(one) for one in module.parameters() if one.requires_grad}
         for owner in _rotary_owners(model):
             if _rotates_alike(owner.apply_rotary_pos_emb):
                 original = owner.apply_rotary_pos_emb
                 owner.apply_rotary_pos_emb = _rotary
                 undo.append(lambda owner=owner, original=original: setattr(owner, "apply_rotary_pos_emb", original))  # type: ignore[misc]
-                found["rotary"] += 1
+                found.counts["rotary"] += 1
         yield found
     finally:
         for one in reversed(undo):

@@ -153,6 +153,9 @@ def train(
     with _stop_signals(watch), imports.quiet_renames(), loss_of(model, sequences, autocast=autocast) as loss:
         if loss.form == "padded":
             emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
+        if loss.own_types(model) and checked.bf16:
+            # Nothing is left for autocast to cast, and each of its casts costs time.
+            checked.bf16, checked.mixed_precision = False, "no"
         how = batching or Batching()
         trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
         started, before = time.perf_counter(), watch.tokens
@@ -182,7 +185,7 @@ def train(
         tokens_per_second=(watch.tokens - before) / max(seconds, 1e-9),
         best_step=trainer.handed_over,
         form=loss.form,
-        fused=dict(loss.fused),
+        fused=dict(loss.fused.counts),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
+from coldpress.hardware import Hardware
 from coldpress.nn.adapted import begins_with_base, put_adapter_on, save_adapter, starting_products
 from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.passes.adapter_settings import Adaptation, trained_parameters
@@ -29,7 +30,7 @@ from coldpress.passes.fine_tuning import (
 )
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import AdapterConfig
-from coldpress.passes.training_estimate import training_estimate
+from coldpress.passes.training_estimate import TrainingMemory, size_of, training_estimate, training_memory
 
 __all__ = ["AdapterTraining"]
 
@@ -73,9 +74,30 @@ class AdapterTraining:
             adapter=adaptation.result,
             base_quantization=quantization if self.recorded(config) else None,
         )
-        trained = trained_parameters(adaptation, spec)
+        memory = self.memory(config, adaptation, quantization, spec, env.hardware, env.accelerator.device)
         name = env.data(config.train_data_config).name
-        return Planned(planned, training_estimate(config, spec, env, trained, quantization, length, name), notes)
+        written = 4 * trained_parameters(adaptation, spec)
+        return Planned(planned, training_estimate(config, spec, env, memory, length, name, written=written), notes)
+
+    def memory(
+        self,
+        config: Any,
+        adaptation: Adaptation,
+        quantization: BaseQuantization | None,
+        spec: Spec,
+        hardware: Hardware,
+        device: str,
+    ) -> TrainingMemory:
+        layers = max(1, size_of(spec, "num_hidden_layers", 1))
+        return training_memory(
+            config,
+            spec,
+            hardware,
+            device,
+            trained=trained_parameters(adaptation, spec),
+            quantization=quantization,
+            rank=sum(adaptation.ranks.values()) // layers,
+        )
 
     def notes(self, config: Any, spec: Spec) -> tuple[str, ...]:
         """More that is worth telling before the run; raises PlanError."""
@@ -104,7 +126,8 @@ class AdapterTraining:
         )
         self.begin(config, adaptation, adapted, model, ctx)
         start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
-        record = train_model(config, adapted, prepared, tokenizer, ctx)
+        memory = self.memory(config, adaptation, quantization, spec, ctx.hardware, ctx.accelerator.device)
+        record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
         adapter = ctx.output / "adapter"
         save_adapter(adapted, adapter, adaptation.targets.peft, settings=adaptation.saved, start=start)
         copy_tokenizer(model.tokenizer_path, adapter)
@@ -142,7 +165,4 @@ class AdapterTraining:
         if quantization is not None and slow_bf16:
             for layer in four_bit_layers(base).values():
                 layer.compute_dtype = torch.float32
-        if config.training_args.get("gradient_checkpointing"):
-            base.enable_input_require_grads()
-            base.config.use_cache = False
         return base

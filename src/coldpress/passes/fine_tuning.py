@@ -16,10 +16,11 @@ from coldpress.errors import DataError, MissingExtraError, PlanError
 from coldpress.events import Message
 from coldpress.hardware import library_versions
 from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.nn.train import Batching
 from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
-from coldpress.passes.training_estimate import size_of
+from coldpress.passes.training_estimate import TrainingMemory, choose_batching, free_memory, size_of
 
 __all__ = [
     "computes_in",
@@ -31,6 +32,10 @@ __all__ = [
     "training_notes",
     "write_record",
 ]
+
+
+SHOWN_TOKENS = 24
+"""Of a training sequence, in a message."""
 
 
 def require_packages(name: str, libraries: Sequence[str]) -> None:
@@ -128,20 +133,22 @@ def prepared_data(config: TrainingConfig, spec: Spec, tokenizer: Tokenizer, ctx:
 
 
 def train_model(
-    config: TrainingConfig, model: Any, prepared: Prepared, tokenizer: Tokenizer, ctx: Context
+    config: TrainingConfig, model: Any, prepared: Prepared, tokenizer: Tokenizer, memory: TrainingMemory, ctx: Context
 ) -> dict[str, Any]:
     """Train what requires gradients in `model`, in place; returns the record of the training."""
     from coldpress.nn.changes import Fingerprints
-    from coldpress.nn.train import train
+    from coldpress.nn.train import Stopping, train
 
     pre = ctx.data(config.train_data_config).pre_process_data_config
     arguments, notes = training_arguments(config, ctx)
     for note in notes:
         ctx.emit(Message("info", note, ctx.step))
+    sequences = prepared.train.sequences
+    batching = _batching(config, prepared, memory, ctx)
     before = Fingerprints.of(model)
     report = train(
         model,
-        prepared.train.sequences,
+        sequences,
         None if prepared.held_out is None else prepared.held_out.sequences,
         arguments=arguments,
         pad_id=tokenizer.pad_id,
@@ -149,11 +156,25 @@ def train_model(
         work=ctx.work,
         step=ctx.step,
         emit=ctx.emit,
+        batching=batching,
+        stopping=Stopping(config.load_best, config.early_stopping_patience, config.early_stopping_threshold),
+        describe=lambda row: tokenizer.decode(sequences[row].ids[:SHOWN_TOKENS]),
     )
     changes = before.compared_with(model)
     level: Any = "info" if changes.layers_changed else "warning"
     ctx.emit(Message(level, changes.text, ctx.step))
     return {**report.to_dict(), "arguments": arguments, "trained": changes.to_dict()}
+
+
+def _batching(config: TrainingConfig, prepared: Prepared, memory: TrainingMemory, ctx: Context) -> Batching:
+    """How much runs at once, from the longest record and the memory that is free now."""
+    device = ctx.accelerator.device
+    longest = max(max(getattr(one, "lengths", None) or (len(one.ids),)) for one in prepared.train.sequences)
+    room = free_memory(ctx.hardware, ctx.accelerator)
+    batching, said = choose_batching(config, memory, room, device, longest)
+    if said:
+        ctx.emit(Message("info", said, ctx.step))
+    return batching
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
