@@ -10,7 +10,8 @@ import pytest
 
 from coldpress.config.schema import DataConfig, LoadDataset, PreProcess
 from coldpress.data.packing import IGNORED
-from coldpress.data.prepare import prepare, preview
+from coldpress.data.prepare import prepare
+from coldpress.data.preview import preview
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 
