@@ -206,12 +206,9 @@ def _note(reading: Reading, columns: Sequence[str]) -> str:
 
 def is_blank(value: Any) -> bool:
     """Nothing: null, NaN (a table's null), a blank text, an empty list."""
-    return (
-        value is None
-        or (isinstance(value, float) and value != value)
-        or (isinstance(value, str) and not value.strip())
-        or (isinstance(value, Sequence | Mapping) and not value)
-    )
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or (isinstance(value, float) and value != value) or value in ([], (), {})
 
 
 def messages_of(row: Row, reading: Reading) -> list[Message]:
@@ -256,6 +253,8 @@ def _turns(value: Any, role: str, column: str) -> list[Message]:
 
 def text_of(value: Any, column: str) -> str:
     """The text of one column; raises DataError for a blank one, and for what is no text."""
+    if isinstance(value, str) and not is_blank(value):
+        return value
     if is_blank(value):
         raise DataError(
             f"the column {column!r} is {'blank' if isinstance(value, str) else 'empty'}",

@@ -42,7 +42,7 @@ class Distribution:
             low,
             ranked[len(ranked) // 2],
             sum(ranked) / len(ranked),
-            ranked[(len(ranked) - 1) * 95 // 100],
+            ranked[-(-len(ranked) * 95 // 100) - 1],
             high,
             tuple(bar for bar in bars if bar[0] <= high),
         )
@@ -77,8 +77,6 @@ class Preview:
     """Lowest, median and highest share of a record's tokens that carry loss; None where all do."""
     repeats: int
     """Records with the text of another one before."""
-    too_long: int
-    """Records longer than a sequence."""
     sequences: int
     tokens: int
     loss_tokens: int
@@ -115,7 +113,6 @@ def preview(
         records=Distribution.of([len(row.ids) for row in rows]),
         loss_share=(shares[0], shares[len(shares) // 2], shares[-1]) if shares else None,
         repeats=len(rows) - len({one.text for one in texts.rendered}),
-        too_long=sum(len(row.ids) > prepared.max_seq_len for row in rows),
         sequences=len(packed.sequences),
         tokens=packed.tokens,
         loss_tokens=packed.loss_tokens,

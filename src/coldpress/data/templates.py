@@ -107,6 +107,12 @@ def read_format(records: Records, config: PreProcess, tokenizer: Tokenizer | Non
     records.require(*columns_of(config, reading))
     if config.label_col is not None:
         records.require((config.label_col,), "label_col")
+    if reading.chat and not has_template and not isinstance(config.chat_template, str):
+        what = reading.column or (reading.pair.prompt if reading.pair else "")
+        raise DataError(
+            f"{records.origin} holds conversations (column {what}), and the model's tokenizer has no chat template",
+            hint="give the Jinja template itself as chat_template, or use text_template",
+        )
     return reading
 
 
@@ -129,6 +135,8 @@ def render_all(
             "completion_only_loss needs to know the answer",
             hint='add "label_col": the answer\'s column, or mark it in text_template: {answer|loss}',
         )
+    if reading.format == "text" and config.label_col not in (None, *columns_of(config, reading)[0]):
+        raise _label_outside(config.label_col)
     rendered = []
     problems: list[tuple[str, DataError]] = []
     for row, place in zip(records.rows, records.places, strict=True):
@@ -139,6 +147,12 @@ def render_all(
     if problems:
         raise _refused(problems, len(records))
     return rendered
+
+
+def _label_outside(label: str | None) -> DataError:
+    return DataError(
+        f"the answer column {label!r} is not part of the text", hint=f"put {{{label}}} into text_template, at its end"
+    )
 
 
 def _refused(problems: Sequence[tuple[str, DataError]], rows: int) -> DataError:
@@ -195,10 +209,7 @@ def _render_text(row: Row, config: PreProcess, answer: str | None) -> Rendered:
         parts = tuple((" " if position else "", name, False) for position, name in enumerate(columns))
     label = config.label_col
     if label is not None and label not in (name for _, name, _ in parts):
-        raise DataError(
-            f"the answer column {label!r} is not part of the text",
-            hint=f"put {{{label}}} into text_template, at its end",
-        )
+        raise _label_outside(label)
     return _filled(row, parts, label, answer)
 
 

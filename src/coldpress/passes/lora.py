@@ -159,6 +159,8 @@ class LoRA:
         )
         for note in prepared.notes:
             ctx.emit(Message("warning", note, ctx.step))
+        for fact in prepared.facts:
+            ctx.emit(Message("info", fact, ctx.step))
         train, held = prepared.train, prepared.held_out
         said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {train.loss_tokens} with loss"
         if held is not None:
@@ -235,7 +237,7 @@ def _refuse(config: LoRAConfig, spec: Spec, env: PlanContext) -> None:
         )
     pre = env.data(config.train_data_config).pre_process_data_config
     if pre.completion_only_loss and pre.strategy.startswith("join"):
-        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
+        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "pack"')
 
 
 def _notes(config: LoRAConfig, env: PlanContext) -> tuple[str, ...]:
