@@ -34,7 +34,7 @@ def test_targets_and_names(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [one.target for one in prepared.train.sequences[:4]] == [2, 1, 0, 2]
     first = [256, *tokenizer.ids("p000"), 257]
     assert prepared.train.sequences[0] == TokenSequence(first, [IGNORED] * len(first), target=2)
-    with pytest.raises(DataError, match="^the answer column 'tone' is not part of the text"):
+    with pytest.raises(DataError, match=r"^the answer column 'tone' is not part of the text"):
         prepare(config(tmp_path / "d.jsonl", ROWS), tokenizer)
 
 
@@ -110,11 +110,11 @@ def test_only_held_out_records_of_a_class(tmp_path: Path, tokenizer: Tokenizer) 
         (ROWS, {"text_field": "tone"}, "'tone', stands in the text"),
         (ROWS[:1], {}, "all 1 records of d are of the class 'joy'"),
         ([{"phrase": "a", "tone": "x"}] * 3, {}, "all 3 records of d are of the class 'x'"),
-        ([*ROWS, {"phrase": "a", "tone": None}], {}, r"1 of 61 records have no class in the column 'tone'\n  .*d\.jsonl:61"),
+        ([*ROWS, {"phrase": "a", "tone": None}], {}, r"1 of 61 records have no class .*'tone'\n  .*d\.jsonl:61"),
         ([*ROWS, {"phrase": "a", "tone": " "}], {}, "the class is empty"),
         ([*ROWS, {"phrase": "a", "tone": ["joy"]}], {}, r"the class is \['joy'\], neither text nor a whole number"),
         ([*ROWS, {"phrase": "a", "tone": 0.5}], {}, "the class is 0.5, neither"),
-        ([{"question": "a", "answer": "b"}] * 2, {"text_field": None, "label_col": "answer"}, "'answer', stands in the"),
+        ([{"question": "a", "answer": "b"}] * 2, {"text_field": None, "label_col": "answer"}, "'answer', stands"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path: Path, tokenizer: Tokenizer, rows: list[Any], pre: dict[str, Any], what: str) -> None:

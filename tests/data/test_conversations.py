@@ -32,7 +32,8 @@ SYSTEM_IN_THE_LAST_QUESTION = (
     "{{ m.content }}[/I]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
 THINKING_DROPPED = (
-    "{% for m in messages %}<im>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
+    "{% for m in messages %}<im>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
     "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<im>assistant\n{% endif %}"
 )
@@ -84,7 +85,7 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer: Tokenizer, template: 
     messages = [SYSTEM, *CHAT] if "system" in template else [
         {**one, "content": f"<think>hm</think>{one['content']}"} if one["role"] == "assistant" else one for one in CHAT
     ]  # fmt: skip
-    with pytest.raises(DataError, match="writes message [23] differently once others follow") as error:
+    with pytest.raises(DataError, match=r"writes message [23] differently once others follow") as error:
         turns(tokenizer, template, messages)
     assert '"assistant_turns": "last"' in str(error.value.hint)
     (last,) = turns(tokenizer, template, messages, "last")
@@ -170,15 +171,19 @@ def test_rendered_as_transformers_renders_it(tokenizer: Tokenizer, template: str
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special = dict(tokenizer.special_tokens or {})
+    blocks = "{% generation" in template
     for prompt in (False, True):
         (expected,), spans = render_jinja_template(
-            [CHAT], chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask="generation" in template, **special
-        )  # fmt: skip
+            [CHAT],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=blocks,
+            **special,
+        )
         assert render_template(template, CHAT, generation_prompt=prompt, special_tokens=special) == expected
-        if "{% generation" in template and not prompt:
-            assert list(conversation(CHAT, tokenizer, template=template, turns="all").turns) == [
-                tuple(s) for s in spans[0]
-            ]
+        if blocks and not prompt:
+            told = conversation(CHAT, tokenizer, template=template, turns="all")
+            assert list(told.turns) == [tuple(span) for span in spans[0]]
 
 
 def test_json_and_dates_as_in_transformers() -> None:

@@ -14,6 +14,7 @@ from coldpress.data.templates import answers_only, columns_of, read_format, rend
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 
+SAID = "user: hi<|end|>assistant: yo<|end|>"
 OPENAI = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
 ALPACA = {"instruction": "add", "input": "1 2", "output": "3"}
@@ -37,18 +38,18 @@ def bare(tokenizer: Tokenizer) -> Tokenizer:
 @pytest.mark.parametrize(
     ("row", "form", "text", "answers"),
     [
-        (OPENAI, "messages", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
-        (SHAREGPT, "sharegpt", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
-        ({"messages": SHAREGPT["conversations"]}, "sharegpt", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
-        ({"conversation": OPENAI["messages"]}, "messages", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
-        ({"messages": json.dumps(OPENAI["messages"])}, "messages", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
+        (OPENAI, "messages", SAID, ["yo<|end|>"]),
+        (SHAREGPT, "sharegpt", SAID, ["yo<|end|>"]),
+        ({"messages": SHAREGPT["conversations"]}, "sharegpt", SAID, ["yo<|end|>"]),
+        ({"conversation": OPENAI["messages"]}, "messages", SAID, ["yo<|end|>"]),
+        ({"messages": json.dumps(OPENAI["messages"])}, "messages", SAID, ["yo<|end|>"]),
         (ALPACA, "alpaca", "user: add\n\n1 2<|end|>assistant: 3<|end|>", ["3<|end|>"]),
         ({**ALPACA, "input": ""}, "alpaca", "user: add<|end|>assistant: 3<|end|>", ["3<|end|>"]),
         ({"instruction": "a", "response": "b"}, "alpaca", "user: a<|end|>assistant: b<|end|>", ["b<|end|>"]),
         ({"prompt": "a", "completion": 4}, "prompt-completion", "user: a<|end|>assistant: 4<|end|>", ["4<|end|>"]),
         ({"question": "a", "answer": "b"}, "prompt-completion", "user: a<|end|>assistant: b<|end|>", ["b<|end|>"]),
-        (TRL, "prompt-completion", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
-        ({**TRL, "completion": "yo"}, "prompt-completion", "user: hi<|end|>assistant: yo<|end|>", ["yo<|end|>"]),
+        (TRL, "prompt-completion", SAID, ["yo<|end|>"]),
+        ({**TRL, "completion": "yo"}, "prompt-completion", SAID, ["yo<|end|>"]),
         (
             {**ALPACA, "system": "Be.", "history": [["a", "b"]]}, "alpaca",
             "system: Be.<|end|>user: a<|end|>assistant: b<|end|>user: add\n\n1 2<|end|>assistant: 3<|end|>",
@@ -113,8 +114,8 @@ def test_what_the_config_says_wins(tokenizer: Tokenizer) -> None:
         ({"text_cols": ("instruction", "output")}, "add 3"),
         ({"text_template": "{output}!"}, "3!"),
         ({"format": "text", "text_template": "{output}!"}, "3!"),
-        ({"chat_template": True}, "user: hi<|end|>assistant: yo<|end|>"),
-        ({"format": "messages"}, "user: hi<|end|>assistant: yo<|end|>"),
+        ({"chat_template": True}, SAID),
+        ({"format": "messages"}, SAID),
         ({"format": "alpaca"}, "user: add\n\n1 2<|end|>assistant: 3<|end|>"),
         ({"format": "alpaca", "chat_template": "{{ messages[0].content }}"}, "add\n\n1 2"),
     ):
