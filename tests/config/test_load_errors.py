@@ -279,7 +279,7 @@ def test_a_whole_mapping_in_the_wrong_place_is_one_problem(today: Any, problems_
         ("text_template", "{phrase", "text_template", "not a template"),
         ("text_template", "no column", "text_template", "names no column"),
         ("text_template", "{} x", "text_template", "{} names no column"),
-        ("completion_only_loss", True, "completion_only_loss", "needs one record a sequence"),
+        ("completion_only_loss", True, "completion_only_loss", "needs whole records in a sequence"),
     ],
 )
 def test_values_that_contradict_each_other(

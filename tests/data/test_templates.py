@@ -64,7 +64,8 @@ def test_errors() -> None:
 
 def test_chat(tokenizer: Tokenizer) -> None:
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
-    one = render(row, settings(chat_template=True), tokenizer)
+    assert render(row, settings(chat_template=True), tokenizer).spans is None, "the whole text carries loss"
+    one = render(row, settings(chat_template=True, completion_only_loss=True), tokenizer)
     assert one.text == "user: hi<|end|>assistant: yo<|end|>"
     assert one.text[one.answer_start :] == "yo<|end|>"
     assert render(row, settings(chat_template=True), tokenizer, answer="no").text.endswith("assistant: no<|end|>")

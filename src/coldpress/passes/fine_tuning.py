@@ -74,7 +74,7 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
         )
     pre = env.data(config.train_data_config).pre_process_data_config
     if pre.completion_only_loss and pre.strategy.startswith("join"):
-        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
+        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "pack"')
 
 
 def sequence_length(config: TrainingConfig, spec: Spec, env: PlanContext) -> tuple[int, tuple[str, ...]]:
@@ -124,6 +124,8 @@ def prepared_data(config: TrainingConfig, spec: Spec, tokenizer: Tokenizer, ctx:
     )
     for note in prepared.notes:
         ctx.emit(Message("warning", note, ctx.step))
+    for fact in prepared.facts:
+        ctx.emit(Message("info", fact, ctx.step))
     train, held = prepared.train, prepared.held_out
     said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {train.loss_tokens} with loss"
     if held is not None:
