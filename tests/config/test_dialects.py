@@ -576,9 +576,20 @@ def test_lora_leftovers(local: Any, load: Load, problems_of: Problems) -> None:
     config = load(local)
     paths = {warning.path.rpartition(".")[2] for warning in config.warnings}
     assert {"use_ort_trainer", "loftq_iter", "double_quant"} <= paths
-    lora["bias"] = "all"
+    lora["bias"] = "some"
     (problem,) = problems_of(local)
     assert problem.path == "passes.lora.config.bias"
+
+
+def test_what_olives_lora_family_says_of_layers_that_we_do_not_have(today: Any, load: Load) -> None:
+    today["passes"]["ft"].update(
+        {"use_effective_conv2d": True, "rank_pattern": {"o_proj": 2}, "rank_dropout": 0.1, "decompose_both": True}
+    )
+    config = load(today)
+    assert params(config, "ft").rank_pattern == {"o_proj": 2}
+    paths = {warning.path.rpartition(".")[2] for warning in config.warnings}
+    assert {"rank_dropout", "decompose_both"} <= paths, "they belong to LoHa and LoKr"
+    assert any("use_effective_conv2d" in line for line in reported(config))
 
 
 def test_a_name_given_twice(local: Any, problems_of: Problems) -> None:
@@ -691,8 +702,7 @@ def test_one_pass_flow_orders_the_passes(local: Any, load: Load) -> None:
         ("PyTorchTensorParallel", "passes we have"),
         ("SNPEConversion", "passes we have"),
         ("VitisAIQuantization", "int8"),
-        ("LoftQ", "LoRA"),
-        ("DoRA", "LoRA"),
+        ("SDLoRA", "LoRA"),
         ("OnnxDiscrepancyCheck", "parity check"),
     ],
 )

@@ -15,6 +15,7 @@ from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.tree import Node, from_plain, join_path, problem_at
 
 __all__ = [
+    "FULL_TRAINING_DEFAULTS",
     "OLIVE_0_6_TRAINING_DEFAULTS",
     "QLORA_TRAINING_DEFAULTS",
     "TODAY_TRAINING_DEFAULTS",
@@ -35,6 +36,9 @@ TODAY_TRAINING_DEFAULTS: Mapping[str, Any] = {
 
 QLORA_TRAINING_DEFAULTS: Mapping[str, Any] = {"optim": "paged_adamw_32bit"}
 """What QLoRA adds."""
+
+FULL_TRAINING_DEFAULTS: Mapping[str, Any] = {"learning_rate": 2e-5}
+"""Where training all weights departs from training an adapter, which takes ten times larger steps."""
 
 OLIVE_0_6_TRAINING_DEFAULTS: Mapping[str, Any] = {
     "seed": 42,
@@ -64,6 +68,7 @@ def training_defaults(kind: str, has_eval_data: bool, device: str) -> dict[str, 
     """What a pass trains with today where its `training_args` are silent."""
     values = dict(TODAY_TRAINING_DEFAULTS)
     values["eval_strategy"] = "steps" if has_eval_data else "no"
+    values.update(FULL_TRAINING_DEFAULTS if kind == "FullFinetune" else {})
     if kind == "QLoRA":
         values.update(QLORA_TRAINING_DEFAULTS)
         if device == "cpu":
@@ -93,7 +98,8 @@ def write_defaults(rw: Rewriting) -> None:
         at = f"passes.{name}"
         device = host_device(rw.root, entry.text("host"))
         if rw.dialect == "0.6":
-            rw.default("defaults", entry, "lora_dropout", 0.0, at)
+            if "lora_dropout" in rw.passes[kind].model_fields:
+                rw.default("defaults", entry, "lora_dropout", 0.0, at)
             arguments = entry.mapping.setdefault("training_args", entry.child("training_args", {}))
             _old_training(rw, arguments, kind, has_eval_data(entry), device, at)
         _mend_training(rw, entry, kind, device)
