@@ -1,15 +1,31 @@
-"""What the fine-tuning benchmarks share: a 110M Llama, rows of known length, and the record of a finished training."""
+"""What the fine-tuning benchmarks share: a 110M Llama, rows of known length, and the record of a finished training.
+
+    python benchmarks/training_runs.py CONFIG RESULT
+
+runs a workflow of one step and writes the JSON of what it measured and of when which training step was done.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-__all__ = ["VOCABULARY", "adapter_of", "llama_110m", "random_rows", "record_of", "workflow", "write_rows"]
+__all__ = [
+    "VOCABULARY",
+    "adapter_of",
+    "llama_110m",
+    "random_rows",
+    "record_of",
+    "watched_run",
+    "workflow",
+    "write_rows",
+]
 
 VOCABULARY = 32_000
 SPECIAL = ("<s>", "</s>", "<pad>")
@@ -93,3 +109,29 @@ def record_of(output: Path) -> dict[str, Any]:
 def adapter_of(output: Path) -> Path:
     """The PEFT folder in an output folder, of Coldpress or of Olive."""
     return next(output.rglob("adapter_model.safetensors")).parent
+
+
+def watched_run(config: Path, result: Path) -> None:
+    """Run a workflow; the clock is read as each progress event comes in."""
+    import coldpress
+    from coldpress.events import Event, Progress
+
+    seen: list[tuple[float, float]] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Progress) and event.unit == "steps":
+            seen.append((time.perf_counter(), event.done))
+
+    run = coldpress.run(config, sinks=[watch])
+    (step,) = run.steps
+    found = {
+        "progress": seen,
+        "peak_anonymous_bytes": step.peak_anonymous_bytes,
+        "peak_bytes": step.peak_bytes,
+        "record": record_of(run.output),
+    }
+    result.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    watched_run(Path(sys.argv[1]), Path(sys.argv[2]))
