@@ -15,9 +15,9 @@ SOURCE = Path(coldpress.__file__).parent
 FLOORS = (
     {"errors"},
     {"digest", "events", "registry", "hardware", "units"},
-    {"kernels", "config"},
-    {"artifacts"},
-    {"data"},
+    {"kernels", "config", "record"},
+    {"artifacts", "summary"},
+    {"data", "model_card"},
     {"nn", "graph"},
     {"passes", "evaluate"},
     {"parity", "systems", "chat"},

@@ -762,6 +762,18 @@ def test_legacy_training_arguments(today: Any, load: Load) -> None:
     assert [warning.path for warning in config.warnings] == ["passes.ft.training_args.output_dir"]
 
 
+@pytest.mark.parametrize(
+    ("report_to", "kept"),
+    [(None, False), ("none", False), (["none"], False), ("tensorboard", True), (["mlflow", "tensorboard"], True)],
+)
+def test_a_logging_dir_is_kept_for_those_who_log(today: Any, load: Load, report_to: Any, kept: bool) -> None:
+    arguments = {"logging_dir": "runs", **({} if report_to is None else {"report_to": report_to})}
+    today["passes"]["ft"]["training_args"] = arguments
+    config = load(today)
+    assert config.document["passes"]["ft"]["training_args"].get("logging_dir") == ("runs" if kept else None)
+    assert any("report_to names no service" in str(one) for one in config.rewrites) == (not kept)
+
+
 def test_warmup_steps_win_over_the_ratio(today: Any, load: Load) -> None:
     today["passes"]["ft"]["training_args"] = {"warmup_ratio": 0.1, "warmup_steps": 5}
     config = load(today)

@@ -15,7 +15,7 @@ import pytest
 
 from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.errors import Interrupted, TrainingError
-from coldpress.events import Event, Progress
+from coldpress.events import EvaluationLoss, Event, Progress
 from coldpress.nn.checkpoints import last_checkpoint
 from coldpress.nn.loading import load_model
 from coldpress.nn.train import TrainingReport, train
@@ -104,6 +104,10 @@ def test_progress_and_evaluation(tiny_phi3: Path, tmp_path: Path) -> None:
     assert steps[-1].values["loss"] == report.losses[-1]
     assert len([point for point in report.log if "eval_loss" in point]) == 2
     assert report.eval_loss is not None
+    found = [event for event in events if isinstance(event, EvaluationLoss)]
+    assert [event.at for event in found] == [4, 8]
+    assert [event.loss for event in found] == [point["eval_loss"] for point in report.log if "eval_loss" in point]
+    assert (found[1].best, found[1].best_at) == min((event.loss, event.at) for event in found)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(

@@ -14,6 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from coldpress.config.reporters import REPORTERS, reporters_asked
 from coldpress.registry import nearest
 
 __all__ = [
@@ -30,7 +31,7 @@ _FILE = "training_args.json"
 
 _NO_HUB = "nothing is uploaded", "remove it; upload the finished model with the hub's own tools"
 _NO_CLUSTER = "training on several devices is not built yet", "remove it"
-_NO_TRACKER = "no tracking service is used; metrics are written beside the adapter", "remove it"
+_NO_TRACKER = "a Trackio server in the cloud is not used", "remove it; report_to: trackio writes locally"
 _OURS = "checkpoints lie in the cache, the result in the workflow's output_dir", "remove it"
 
 _REFUSED: dict[str, tuple[str, str]] = {
@@ -51,7 +52,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
         ),
         _NO_CLUSTER,
     ),
-    **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NO_TRACKER),
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NO_TRACKER),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), ("the pass decides what is run", "remove it")),
 }  # fmt: skip
 """Arguments that make no sense here: why, and what to do. Their default, null and false change nothing and pass."""
@@ -87,6 +88,25 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 _VALUES: dict[str, tuple[str, ...]] = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
 """Choices that Transformers names in its help only."""
 
+
+@dataclass(frozen=True)
+class TrainingArgument:
+    """One argument: what JSON types it takes, which values, what it is where nobody says."""
+
+    name: str
+    types: tuple[str, ...]
+    values: tuple[str, ...] = ()
+    default: Any = None
+    help: str = ""
+
+
+_OWN = TrainingArgument(
+    "logging_dir",
+    ("str", "null"),
+    help="Folder for what report_to's services write, relative to the config file; null: logs/STEP in output_dir.",
+)
+"""Transformers 5 has no such argument any more; here it still says where."""
+
 _FEW = 12
 """Allowed values that a message lists."""
 
@@ -99,17 +119,6 @@ _WORDS = {
     "dict": "a mapping",
     "null": "null",
 }
-
-
-@dataclass(frozen=True)
-class TrainingArgument:
-    """One argument: what JSON types it takes, which values, what it is where nobody says."""
-
-    name: str
-    types: tuple[str, ...]
-    values: tuple[str, ...] = ()
-    default: Any = None
-    help: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,10 +136,11 @@ class ArgumentProblem:
 def training_arguments() -> Mapping[str, TrainingArgument]:
     """The table, by name."""
     raw = json.loads(files("coldpress.config").joinpath(_FILE).read_text(encoding="utf-8"))
-    return {
+    table = {
         name: TrainingArgument(name, tuple(row["types"]), tuple(row.get("values", ())), row["default"], row["help"])
         for name, row in raw["arguments"].items()
     }
+    return {**table, _OWN.name: _OWN}
 
 
 def refused_arguments() -> frozenset[str]:
@@ -162,9 +172,20 @@ def check_training_args(args: Mapping[str, Any], legacy: Iterable[str] = ()) -> 
 
 
 def _report_to(value: Any) -> ArgumentProblem | None:
-    if value in (None, "none", [], ["none"]):
+    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if value is not None and not isinstance(value, str) and not listed:
+        return ArgumentProblem("report_to", f"must be a service or a list of services, got {_shown(value)}")
+    names = reporters_asked(value)
+    if isinstance(value, list) and "none" in value and names:
+        return ArgumentProblem("report_to", f"none and {', '.join(names)} exclude each other", "keep one")
+    unknown = [name for name in names if name not in REPORTERS]
+    if not unknown:
         return None
-    return ArgumentProblem("report_to", f"must be none, got {value!r}: {_NO_TRACKER[0]}", "write none")
+    message = f"must be none or among {', '.join(REPORTERS)}, got {', '.join(map(repr, unknown))}"
+    if unknown == ["all"]:
+        return ArgumentProblem("report_to", message, "name the services: nothing is told to one that nobody named")
+    close = nearest(unknown[0], REPORTERS)
+    return ArgumentProblem("report_to", message, f"did you mean {close}?" if close else None)
 
 
 def _check_value(argument: TrainingArgument, value: Any) -> ArgumentProblem | None:

@@ -21,6 +21,8 @@ class Score:
     standard_error: float
     n: int
     """Records it was measured on."""
+    unit: str = ""
+    """share, bytes, ms ...; empty for a bare number."""
     higher_is_better: bool = True
     cached: bool = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 import time
 from collections.abc import Iterable
@@ -16,14 +16,17 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.schema import Metric
 from coldpress.digest import digest_value
+from coldpress.engine.logs import log_folder, logs_elsewhere, reporters_of
+from coldpress.engine.outcome import LIBRARIES, Outcome
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
 from coldpress.engine.proof import data_identity, judge, parity_text, refuse_if_too_far, text_identity
 from coldpress.engine.result import RunResult, Score, StepResult
-from coldpress.engine.store import Entry, disk_errors, publish, write_json
-from coldpress.errors import ColdpressError, Interrupted, PlanError, StepError
+from coldpress.engine.store import Entry, disk_errors, publish
+from coldpress.errors import ColdpressError, Interrupted, PlanError, StepError, StoreError
 from coldpress.events import (
     Event,
     Message,
+    ParityMeasured,
     RunFinished,
     RunStarted,
     ScoreMeasured,
@@ -42,10 +45,6 @@ __all__ = ["run"]
 _WORKER_MODULE = "coldpress.engine.worker"
 _EVALUATION_VERSION = 1
 """Part of the key of a cached score; raised when a score would come out differently."""
-_RECORDED_LIBRARIES = (
-    "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "onnx-ir", "onnxruntime",
-    "onnxruntime-genai", "numpy", "numba", "tokenizers", "safetensors",
-)  # fmt: skip
 
 
 def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False) -> RunResult:
@@ -67,6 +66,11 @@ def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: 
     try:
         with plan.store.in_use():
             return session.run()
+    except Interrupted:
+        raise
+    except ColdpressError as error:
+        session.failed(error)
+        raise
     except KeyboardInterrupt:
         session.stop()
         raise Interrupted(
@@ -115,6 +119,9 @@ class _Session:
         self.steps: list[StepResult] = []
         self.scores: list[Score] = []
         self.warnings: list[str] = []
+        self.parities: list[ParityMeasured] = []
+        self.under_way: str | None = None
+        """Step that is worked on."""
         self._light_soon = False
         self.started = time.perf_counter()
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -122,6 +129,8 @@ class _Session:
     def emit(self, event: Event) -> None:
         if isinstance(event, Message) and event.level == "warning":
             self.warnings.append(f"{event.step}: {event.text}" if event.step else event.text)
+        if isinstance(event, ParityMeasured):
+            self.parities.append(event)
         for sink in self.sinks:
             sink(event)
 
@@ -142,14 +151,28 @@ class _Session:
             self._evaluate(workflow.evaluator, "input", model, key)
         entry: Entry | None = None
         for step in self.plan.steps:
+            self.under_way = step.name
             entry = self._step(step, model)
             model, key = entry.artifact(), entry.key
             last = step is self.plan.steps[-1]
             for evaluator in dict.fromkeys((step.evaluator, workflow.evaluator if last else None)):
                 if evaluator is not None:
                     self._evaluate(evaluator, step.name, model, key)
+        self.under_way = None
         output = self._publish(entry)
-        return self._record(output)
+        outcome = self._outcome()
+        record = outcome.write(output)
+        self.emit(RunFinished(str(output), outcome.seconds, str(record)))
+        return RunResult(output, record, tuple(self.steps), tuple(self.scores), outcome.seconds)
+
+    def _outcome(self) -> Outcome:
+        seconds = time.perf_counter() - self.started
+        return Outcome(self.plan, self.started_at, seconds, self.steps, self.scores, self.warnings, self.parities)
+
+    def failed(self, error: ColdpressError) -> None:
+        """Leave a record of what was done and why it ended, where the disk still takes one."""
+        with contextlib.suppress(StoreError):
+            self._outcome().write_failure(error, self.under_way)
 
     def _forget(self) -> None:
         for step in self.plan.steps:
@@ -201,6 +224,7 @@ class _Session:
                     "HF_HUB_DISABLE_TELEMETRY": "1",
                     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                     "DISABLE_TELEMETRY": "1",
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
                     "TOKENIZERS_PARALLELISM": "false",
                     "TRANSFORMERS_VERBOSITY": "warning",
                     # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
@@ -240,6 +264,8 @@ class _Session:
             entry = self.plan.store.get(step.key, touch=True)
             cached = entry is not None
             entry = self._work(step, model) if entry is None else self._proved(step, model, entry)
+        if cached and (told := logs_elsewhere(self.plan, step, entry)) is not None:
+            self.say(told, step.name)
         result = _step_result(step, entry, cached)
         self.steps.append(result)
         self.emit(
@@ -265,6 +291,7 @@ class _Session:
             result = self._perform(
                 "pass", step.name, model, step.needs_torch, _memory_advice(step),
                 type=step.type, config=step.config.model_dump(mode="json"), output=str(out), work=str(work),
+                logs=str(log_folder(self.plan, step)),
             )  # fmt: skip
             artifact = artifact_from_dict(result["artifact"])
             if (difference := step.spec.mismatch(artifact.describe())) is not None:
@@ -276,11 +303,12 @@ class _Session:
                 "pass": step.type,
                 "step": step.name,
                 "coldpress": coldpress.__version__,
-                "libraries": library_versions(_RECORDED_LIBRARIES),
+                "libraries": library_versions(LIBRARIES),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "config": step.config.model_dump(mode="json"),
                 "refers_to": _refers_to(artifact, self.plan.store.root),
                 **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
+                **({"logs": str(log_folder(self.plan, step))} if reporters_of(step) else {}),
             }
             if step.limits is not None:
                 record["parity"] = self._prove(step, model, artifact)
@@ -347,11 +375,12 @@ class _Session:
                 value=found["value"],
                 standard_error=found["standard_error"],
                 n=found["n"],
+                unit="share",
                 higher_is_better=metric.sub_types[0].higher_is_better,
                 cached=cached,
             )
             self.scores.append(score)
-            self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached))
+            self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached, score.unit))
 
     def _metric_identity(self, metric: Metric) -> Any:
         config = metric.data_config
@@ -370,40 +399,6 @@ class _Session:
         with disk_errors(output_dir):
             (output_dir / "run.json").unlink(missing_ok=True)
         return publish(entry, output_dir)
-
-    def _record(self, output: Path) -> RunResult:
-        plan, seconds = self.plan, time.perf_counter() - self.started
-        path = plan.output_dir / "run.json"
-        result = RunResult(output, path, tuple(self.steps), tuple(self.scores), seconds)
-        published = {
-            file.relative_to(output).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns]
-            for file in sorted(output.rglob("*")) if file.is_file()
-        }  # fmt: skip
-        record = {
-            "coldpress": coldpress.__version__,
-            "started": self.started_at,
-            "seconds": round(seconds, 3),
-            "config_file": str(plan.loaded.path) if plan.loaded.path else None,
-            "dialect": plan.loaded.dialect,
-            "config": plan.loaded.document,
-            "hardware": dataclasses.asdict(plan.hardware),
-            "libraries": library_versions(_RECORDED_LIBRARIES),
-            "input": {"key": plan.input_key, "path": str(input_artifact(plan).model)},
-            "output": {"key": self.steps[-1].key, "path": str(output), "files": published},
-            "steps": [_plain(step) for step in self.steps],
-            "scores": [_plain(score) for score in self.scores],
-            "warnings": self.warnings,
-        }
-        with disk_errors(plan.output_dir):
-            write_json(path, record)
-        plan.store.digests.save()
-        self.emit(RunFinished(str(output), seconds, str(path)))
-        return result
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """A result as JSON values: paths as text."""
-    return {name: str(item) if isinstance(item, Path) else item for name, item in dataclasses.asdict(value).items()}
 
 
 def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:

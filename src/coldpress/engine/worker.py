@@ -94,6 +94,7 @@ def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
         data_configs=data_configs,
         emit=with_memory,
         trust_remote_code=job.trust_remote_code,
+        logs=Path(job.parameters["logs"]) if "logs" in job.parameters else None,
     )
     model = artifact_from_dict(job.model)
     started = time.perf_counter()

@@ -23,6 +23,7 @@ from coldpress.errors import Interrupted, TrainingError
 from coldpress.events import Message, Sink
 from coldpress.nn import imports
 from coldpress.nn.checkpoints import last_checkpoint, resume_point
+from coldpress.nn.reporters import reporting
 from coldpress.nn.watch import Evaluations, Watch
 
 __all__ = ["Batching", "Stopping", "TrainingReport", "last_checkpoint", "train"]
@@ -121,6 +122,7 @@ def train(
     work: Path,
     step: str,
     emit: Sink,
+    logs: Path | None = None,
     batching: Batching | None = None,
     stopping: Stopping | None = None,
     describe: Callable[[int], str] = str,
@@ -129,7 +131,7 @@ def train(
 
     Goes on from the last whole checkpoint in `work`. SIGTERM and SIGINT save one and raise Interrupted. Raises
     TrainingError when the loss is no number or diverges, or the arguments do not go together. `describe` gives the
-    text of a training sequence, for messages.
+    text of a training sequence, for messages. The services of `report_to` write into `logs` (default: in `work`).
     """
     imports.load_training(quantized=imports.needs_bitsandbytes(str(arguments.get("optim") or "")))
     from coldpress.nn.losses import loss_of
@@ -150,7 +152,20 @@ def train(
     if resume is not None:
         watch.resume(resume)
     autocast = _autocast_type(model, checked)
-    with _stop_signals(watch), imports.quiet_renames(), loss_of(model, sequences, autocast=autocast) as loss:
+    told = reporting(
+        arguments.get("report_to") if checked.process_index == 0 else None,
+        step=step,
+        logs=logs or work / "logs",
+        work=work,
+        resumed_at=watch.resumed_from,
+        emit=emit,
+    )
+    with (
+        _stop_signals(watch),
+        imports.quiet_renames(),
+        loss_of(model, sequences, autocast=autocast) as loss,
+        told as reporters,
+    ):
         if loss.form == "padded":
             emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
         if loss.own_types(model) and checked.bf16:
@@ -158,6 +173,8 @@ def train(
             checked.bf16, checked.mixed_precision = False, "no"
         how = batching or Batching()
         trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
+        for reporter in reporters:
+            trainer.add_callback(reporter)
         started, before = time.perf_counter(), watch.tokens
         watch.begin()
         try:
@@ -165,14 +182,13 @@ def train(
         except TrainingError as error:
             raise trainer.with_last_good(error, work / "last-good") from error
         seconds = time.perf_counter() - started
-        if not watch.stopped:
-            trainer.finish(stopping.load_best)
-    done = int(trainer.state.global_step)
-    if watch.stopped:
-        raise Interrupted(
-            f"stopped at step {done} of {trainer.state.max_steps}",
-            hint="its checkpoint is kept: the same command goes on from there",
-        )
+        done = int(trainer.state.global_step)
+        if watch.stopped:
+            raise Interrupted(
+                f"stopped at step {done} of {trainer.state.max_steps}",
+                hint="its checkpoint is kept: the same command goes on from there",
+            )
+        trainer.finish(stopping.load_best)
     if done == 0:
         raise TrainingError("not one training step was made", hint="check num_train_epochs, max_steps and the data")
     return TrainingReport(
@@ -199,7 +215,6 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
     ours: dict[str, Any] = {
         "output_dir": str(folder),
         "disable_tqdm": True,
-        "report_to": "none",
         "prediction_loss_only": True,
         "remove_unused_columns": False,
         "save_total_limit": 2,
@@ -208,6 +223,8 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
     }
     for name in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_nan_inf_filter"):
         given.pop(name, None)  # see Stopping, and Watch: a loss that is no number ends the training
+    given.pop("logging_dir", None)
+    given["report_to"] = "none"  # see reporters.py
     try:
         with imports.quiet_renames():
             checked = transformers.TrainingArguments(**{**ours, **given}, per_device_train_batch_size=rows)

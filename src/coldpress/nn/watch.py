@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import TrainingError
-from coldpress.events import Message, Progress, Sink
+from coldpress.events import EvaluationLoss, Message, Progress, Sink
 
 __all__ = ["CURVE", "Evaluations", "Watch", "diverged_by"]
 
@@ -203,6 +203,7 @@ class Watch:
         best = self.evaluations.add(loss, step)
         assert self.evaluations.best is not None
         self._values.update(eval_loss=loss, best_eval_loss=self.evaluations.best)
+        self.emit(EvaluationLoss(self.step, step, loss, self.evaluations.best, self.evaluations.best_step or step))
         return best
 
     def logged(self, logs: Mapping[str, Any]) -> None:

@@ -26,11 +26,11 @@ from coldpress.passes.fine_tuning import (
     sequence_length,
     train_model,
     training_notes,
-    write_record,
 )
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import AdapterConfig
 from coldpress.passes.training_estimate import TrainingMemory, size_of, training_estimate, training_memory
+from coldpress.passes.training_record import document_training
 
 __all__ = ["AdapterTraining"]
 
@@ -131,7 +131,16 @@ class AdapterTraining:
         adapter = ctx.output / "adapter"
         save_adapter(adapted, adapter, adaptation.targets.peft, settings=adaptation.saved, start=start)
         copy_tokenizer(model.tokenizer_path, adapter)
-        write_record(adapter, {**record, "method": type(self).__name__})
+        document_training(
+            adapter,
+            record,
+            method=type(self).__name__,
+            config=config,
+            arguments=record["arguments"],
+            prepared=prepared,
+            model=model,
+            ctx=ctx,
+        )
         return Artifact(
             path=ctx.output,
             kind="checkpoint",

@@ -86,6 +86,8 @@ class Context:
     data_configs: Mapping[str, DataConfig]
     emit: Sink
     trust_remote_code: bool = False
+    logs: Path | None = None
+    """Folder in the run's output that a training's reporters write into."""
 
     def data(self, reference: str | DataConfig) -> DataConfig:
         return _data_config(self.data_configs, reference)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from coldpress.artifacts.base import Spec
@@ -16,6 +14,7 @@ from coldpress.errors import DataError, MissingExtraError, PlanError
 from coldpress.events import Message
 from coldpress.hardware import library_versions
 from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.nn.reporters import require_reporters
 from coldpress.nn.train import Batching
 from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
@@ -30,7 +29,6 @@ __all__ = [
     "sequence_length",
     "train_model",
     "training_notes",
-    "write_record",
 ]
 
 
@@ -47,6 +45,7 @@ def require_packages(name: str, libraries: Sequence[str]) -> None:
 
 def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> None:
     """Raise PlanError for what no method can train."""
+    require_reporters(config.training_args.get("report_to"))
     if spec.kind != "checkpoint":
         raise PlanError("an ONNX model cannot be fine-tuned", hint="put this step before the build")
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
@@ -158,6 +157,7 @@ def train_model(
         work=ctx.work,
         step=ctx.step,
         emit=ctx.emit,
+        logs=ctx.logs,
         batching=batching,
         stopping=Stopping(config.load_best, config.early_stopping_patience, config.early_stopping_threshold),
         describe=lambda row: tokenizer.decode(sequences[row].ids[:SHOWN_TOKENS]),
@@ -177,9 +177,3 @@ def _batching(config: TrainingConfig, prepared: Prepared, memory: TrainingMemory
     if said:
         ctx.emit(Message("info", said, ctx.step))
     return batching
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """`training.json`: what the training did, and with what."""
-    text = json.dumps(record, indent=1, default=str)
-    (folder / "training.json").write_text(text + "\n", encoding="utf-8")

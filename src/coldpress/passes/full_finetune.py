@@ -15,6 +15,7 @@ from coldpress.artifacts.checkpoint_files import copy_configs
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
 from coldpress.events import Progress
+from coldpress.hardware import Hardware
 from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.nn.trained_part import trained_part
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
@@ -26,11 +27,11 @@ from coldpress.passes.fine_tuning import (
     sequence_length,
     train_model,
     training_notes,
-    write_record,
 )
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import TrainingConfig
-from coldpress.passes.training_estimate import training_estimate
+from coldpress.passes.training_estimate import TrainingMemory, training_estimate, training_memory
+from coldpress.passes.training_record import document_training
 
 __all__ = ["FullFinetune", "FullFinetuneConfig"]
 
@@ -76,8 +77,18 @@ class FullFinetune:
         if count < spec.parameters:
             notes += (f"trains {count:,} of {spec.parameters:,} parameters",)
         planned = Spec(kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision)
+        memory = self.memory(config, spec, env.hardware, env.accelerator.device, count)
         name = env.data(config.train_data_config).name
-        return Planned(planned, training_estimate(config, spec, env, count, None, length, name), notes)
+        estimate = training_estimate(config, spec, env, memory, length, name, written=4 * count)
+        return Planned(planned, estimate, notes)
+
+    def memory(
+        self, config: FullFinetuneConfig, spec: Spec, hardware: Hardware, device: str, count: int
+    ) -> TrainingMemory:
+        """Where `count` weights train, in float32."""
+        return training_memory(
+            config, spec, hardware, device, trained=count, quantization=None, whole=count == spec.parameters
+        )
 
     def limits(self, config: FullFinetuneConfig, spec: Spec) -> Limits | None:
         return None  # training changes the model on purpose
@@ -91,7 +102,9 @@ class FullFinetune:
         optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
         imports.load_training(quantized=needs_bitsandbytes(optimizer))
         loaded = _loaded(config, spec, model.model, ctx)
-        record = train_model(config, loaded, prepared, tokenizer, ctx)
+        count = sum(one.numel() for one in loaded.parameters() if one.requires_grad)
+        memory = self.memory(config, spec, ctx.hardware, ctx.accelerator.device, count)
+        record = train_model(config, loaded, prepared, tokenizer, memory, ctx)
         from coldpress.nn.whole_model import write_checkpoint
 
         write_checkpoint(
@@ -104,7 +117,16 @@ class FullFinetune:
         copy_configs(model.model, ctx.output)
         for folder in dict.fromkeys((model.tokenizer_path, model.model)):
             copy_tokenizer(folder, ctx.output)
-        write_record(ctx.output, {**record, "method": type(self).__name__})
+        document_training(
+            ctx.output,
+            record,
+            method=type(self).__name__,
+            config=config,
+            arguments=record["arguments"],
+            prepared=prepared,
+            model=model,
+            ctx=ctx,
+        )
         return Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
 
 
@@ -122,7 +144,4 @@ def _loaded(config: FullFinetuneConfig, spec: Spec, folder: Path, ctx: Context) 
     check_names(loaded, spec.tensors, folder)
     names = [name for name, _ in loaded.named_parameters()]
     train_only(loaded, set(trained_part(names, config.trainable_modules, config.freeze)), computes_in(config, ctx)[0])
-    if config.training_args.get("gradient_checkpointing"):
-        loaded.enable_input_require_grads()
-        loaded.config.use_cache = False
     return loaded
