@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coldpress.config.schema import PreProcess
 from coldpress.data.best_fit import best_fit_decreasing
-from coldpress.data.packing import IGNORED, TokenSequence, pack
+from coldpress.data.packing import IGNORED, Strategy, TokenSequence, pack
 from coldpress.data.templates import Encoded
 from coldpress.errors import DataError
 
@@ -174,6 +177,10 @@ def test_random_strategies_repeat_with_their_seed() -> None:
         assert len(first.sequences) == 12
         with pytest.raises(DataError, match="needs max_samples"):
             pack(ROWS, strategy=strategy, max_seq_len=4)  # type: ignore[arg-type]
+
+
+def test_the_strategies_are_those_of_the_config() -> None:
+    assert get_args(Strategy) == get_args(PreProcess.model_fields["strategy"].annotation)
 
 
 def test_nothing_comes_out() -> None:

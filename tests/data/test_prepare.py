@@ -290,3 +290,17 @@ def test_labels_all_masked(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_an_empty_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="holds no rows"):
         prepare(config(tmp_path / "d.jsonl", []), tokenizer)
+
+
+def test_the_held_out_part_is_checked_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    asked = {"strategy": "pack", "label_col": "tone", "completion_only_loss": True, "max_seq_len": 64}
+    long = [{"phrase": f"{number}" * 100, "tone": "joy"} for number in range(3)]
+    other = config(tmp_path / "b.jsonl", long, **asked)
+    with pytest.raises(DataError, match=r"^b: no sequence comes out of 3 rows .* none fits into 64 tokens"):
+        prepare(config(tmp_path / "a.jsonl", **asked), tokenizer, held_out=other)
+    mixed = config(tmp_path / "c.jsonl", [*ROWS, *long], **asked)
+    prepared = prepare(mixed, tokenizer, held_out=0.5, seed=3)
+    assert prepared.held_out is not None
+    count = prepared.held_out.long_rows
+    assert 0 < count < 3, "some of the long rows fall to each side"
+    assert any(note.startswith(f"held-out part: {count} of 22 rows do not fit 64 tokens") for note in prepared.notes)

@@ -165,7 +165,7 @@ def pack(
 
 def _nothing_left(rows: Sequence[Encoded], packed: Packed, strategy: str, max_seq_len: int) -> DataError:
     total = sum(len(row.ids) for row in rows)
-    said = f"no training sequence comes out of {len(rows)} rows with {total} tokens: "
+    said = f"no sequence comes out of {len(rows)} rows with {total} tokens: "
     if strategy.startswith("join"):
         return DataError(
             said + f"all of them fill less than one sequence of {max_seq_len} tokens",

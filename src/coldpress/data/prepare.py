@@ -145,15 +145,15 @@ def prepare_rows(
         other = texts_of(held_out, tokenizer, classes=classes, names=texts.classes)
         said += _overlap_notes(texts, other)
         eval_length, eval_notes = clamp(held_out.pre_process_data_config, context_length)
-        evaluation = _pack_rows(other, _encode_all(other, tokenizer), tokenizer, eval_length)
+        evaluation = _evaluation(other, range(len(other.rendered)), tokenizer, eval_length, held_out.name)
         said += [f"{held_out.name}: {note}" for note in (*eval_notes, *evaluation.notes(eval_length))]
     elif held_out is not None:
         split = split_rows([one.text for one in texts.rendered], held_out, seed)
         if split.moved:
             total = len(texts.rendered)
             said.append(f"{split.moved} of {total} rows are repeats; equal rows were kept on one side of the split")
-        rows = _encode_all(texts, tokenizer, split.held_out)
-        evaluation = _pack_rows(texts, rows, tokenizer, length, split.held_out, held_out=True)
+        evaluation = _evaluation(texts, split.held_out, tokenizer, length, "held-out part", may_be_short=True)
+        said += [f"held-out part: {note}" for note in evaluation.notes(length)]
         numbers = split.train
     rows = _encode_all(texts, tokenizer, numbers)
     packed = _pack_rows(texts, rows, tokenizer, length, numbers)
@@ -172,10 +172,31 @@ def prepare_rows(
     return Prepared(packed, evaluation, length, tuple(said), tuple(facts), texts.classes), texts, rows
 
 
-def _encode_all(texts: Texts, tokenizer: Tokenizer, numbers: Sequence[int] | None = None) -> list[Encoded]:
-    """Token ids of the texts, or of some of them."""
+def _evaluation(
+    texts: Texts,
+    numbers: Sequence[int],
+    tokenizer: Tokenizer,
+    length: int,
+    name: str,
+    *,
+    may_be_short: bool = False,
+) -> Packed:
+    """Sequences to evaluate on; raises DataError that names the part of the data."""
+    rows = _encode_all(texts, tokenizer, numbers)
     pre = texts.config.pre_process_data_config
-    chosen = texts.rendered if numbers is None else [texts.rendered[number] for number in numbers]
+    if may_be_short and pre.strategy.startswith("join"):
+        # A small held-out part is one shorter sequence rather than none.
+        length = min(length, max(sum(len(row.ids) + len(_joiner(pre, tokenizer)) for row in rows), 1))
+    try:
+        return _pack_rows(texts, rows, tokenizer, length, numbers)
+    except DataError as error:
+        raise DataError(f"{name}: {error.message}", hint=error.hint) from error
+
+
+def _encode_all(texts: Texts, tokenizer: Tokenizer, numbers: Sequence[int]) -> list[Encoded]:
+    """Token ids of some of the texts."""
+    pre = texts.config.pre_process_data_config
+    chosen = [texts.rendered[number] for number in numbers]
     rows: list[Encoded] = []
     for start in range(0, len(chosen), pre.processing_batch_size):
         rows += encode(chosen[start : start + pre.processing_batch_size], pre, tokenizer)
@@ -183,28 +204,19 @@ def _encode_all(texts: Texts, tokenizer: Tokenizer, numbers: Sequence[int] | Non
 
 
 def _pack_rows(
-    texts: Texts,
-    rows: Sequence[Encoded],
-    tokenizer: Tokenizer,
-    length: int,
-    numbers: Sequence[int] | None = None,
-    *,
-    held_out: bool = False,
+    texts: Texts, rows: Sequence[Encoded], tokenizer: Tokenizer, length: int, numbers: Sequence[int]
 ) -> Packed:
     """Sequences of encoded records, as the data config says; `numbers` are the records that they are."""
     pre = texts.config.pre_process_data_config
     if texts.targets is not None:
-        targets = texts.targets if numbers is None else [texts.targets[number] for number in numbers]
-        return classified(rows, targets, length, tokenizer.eos_id, pre.max_samples)
-    joiner = tokenizer.ids(pre.joiner) if pre.strategy.startswith("join") and pre.joiner else ()
-    total = sum(len(row.ids) + len(joiner) for row in rows)
-    if held_out and pre.strategy.startswith("join") and total < length:
-        length = max(total, 1)  # a small held-out part is one shorter sequence rather than none
+        return classified(
+            rows, [texts.targets[number] for number in numbers], length, tokenizer.eos_id, pre.max_samples
+        )
     return pack(
         rows,
         strategy=pre.strategy,
         max_seq_len=length,
-        joiner=joiner,
+        joiner=_joiner(pre, tokenizer),
         stride=None if pre.stride is None else min(pre.stride, length),
         max_samples=pre.max_samples,
         completion_only=texts.completion_only,
@@ -212,6 +224,10 @@ def _pack_rows(
         seed=pre.random_seed,
         retries=pre.random_retries,
     )
+
+
+def _joiner(pre: PreProcess, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.ids(pre.joiner) if pre.strategy.startswith("join") and pre.joiner else []
 
 
 # -- what there is to say ---------------------------------------------------------------------------------------------
