@@ -222,7 +222,6 @@ def test_olive_0_6_defaults_are_written_out_and_told(local: Any, load: Load) -> 
         "gradient_accumulation_steps": 16,
         "max_steps": 10000,
         "learning_rate": 2e-4,
-        "gradient_checkpointing": True,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.03,
         "logging_steps": 10,
@@ -252,7 +251,6 @@ def test_todays_defaults(today: Any, load: Load) -> None:
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.03,
-        "gradient_checkpointing": True,
         "report_to": "none",
         "eval_strategy": "no",
     }

@@ -188,9 +188,6 @@ def test_optimizers_of_bitsandbytes(
 
 def test_more_refusals(tiny_phi3: Path, plan_context: PlanContext) -> None:
     spec = Artifact.load(tiny_phi3).describe()
-    planned = LoRA().plan(lora(), spec, plan_context).spec
-    with pytest.raises(PlanError, match="has an adapter already"):
-        LoRA().plan(lora(), planned, plan_context)
     gpu = dataclasses.replace(
         plan_context,
         accelerator=Accelerator(device="gpu", execution_providers=("CUDAExecutionProvider",)),

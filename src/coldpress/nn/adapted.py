@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coldpress.errors import CheckpointError
 from coldpress.nn import imports
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
 
     State = Mapping[str, torch.Tensor]
 
-__all__ = ["begins_with_base", "doubled", "put_adapter_on", "save_adapter", "starting_products"]
+__all__ = [
+    "begins_with_base",
+    "doubled",
+    "put_adapter_on",
+    "save_adapter",
+    "starting_products",
+    "take_adapter_up",
+]
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _FACTORS = (".lora_A.", ".lora_B.")
@@ -49,6 +57,30 @@ def put_adapter_on(base: Any, peft_type: str, settings: Mapping[str, Any], seed:
         warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern")
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(base, kinds[peft_type](**settings))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def take_adapter_up(base: Any, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The model with an adapter from its files, ready to train on: what trains is float32.
+
+    `settings` are those of its config, with other dropouts perhaps. Raises CheckpointError for an adapter that PEFT
+    cannot put on.
+    """
+    import peft
+
+    record = peft.PeftConfig.from_pretrained(folder)
+    for key, value in settings.items():
+        if key.endswith(("dropout", "dropout_scale")) and hasattr(record, key):
+            setattr(record, key, value)
+    record.inference_mode = False
+    try:
+        with imports.quiet_renames():
+            adapted = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, config=record)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the adapter {folder} does not fit the model: {error}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -90,6 +122,7 @@ def save_adapter(
     path = folder / "adapter_config.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     record.update({key: value for key, value in settings.items() if key in record}, target_modules=list(targets))
+    record["inference_mode"] = True
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -236,12 +236,13 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
 
 def _evaluation_defaults(given: Mapping[str, Any], held_out: Any, rows: int, count: int) -> dict[str, Any]:
     """Ten evaluations a training, where there is held-out data and the config does not say when."""
-    if held_out is None or given.get("eval_strategy") is not None:
+    strategy = given.get("eval_strategy") or "steps"
+    if held_out is None or strategy != "steps" or given.get("eval_steps") is not None:
         return {}
     steps = int(given.get("max_steps") or -1)
     if steps <= 0:
         steps = math.ceil(math.ceil(count / rows) * float(given.get("num_train_epochs") or 3))
-    return {"eval_strategy": "steps", "eval_steps": given.get("eval_steps") or max(1, math.ceil(steps / 10))}
+    return {"eval_strategy": "steps", "eval_steps": max(1, math.ceil(steps / 10))}
 
 
 def _autocast_type(model: Any, arguments: Any) -> Any:

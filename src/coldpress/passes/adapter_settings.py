@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.adapter_record import AdapterSpec, adapter_spec
-from coldpress.artifacts.base import Spec
+from coldpress.artifacts.base import Spec, is_tied
 from coldpress.errors import PlanError
 from coldpress.nn.adapted import begins_with_base, doubled
 from coldpress.nn.adapters import Targets, by_pattern, exact_patterns, resolve_modules_to_save, resolve_targets
@@ -39,6 +39,8 @@ class Adaptation:
     whole: tuple[str, ...] = ()
     """Modules trained whole, full names."""
     notes: tuple[str, ...] = ()
+    goes_on: bool = False
+    """The model has this adapter already."""
 
     @property
     def result(self) -> AdapterSpec:
@@ -110,8 +112,7 @@ def _prefixes(name: str) -> list[str]:
 
 def _tying(spec: Spec, targets: Targets, whole: tuple[str, ...], peft_type: str) -> dict[str, Any]:
     """What a model needs that uses one matrix as embedding and head; raises PlanError for what would separate them."""
-    head = any(tensor.name.endswith("lm_head.weight") for tensor in spec.tensors)
-    if not spec.config.get("tie_word_embeddings", not head):
+    if not is_tied(spec.config, spec.tensors):
         return {}
     adapted = [name for name in targets.names if name in (*_EMBEDDINGS, *_HEADS)]
     heads = [name for name in whole if name.endswith(_HEADS)]

@@ -7,6 +7,7 @@ artifact records how, so that a merge can add the adapter to the very weights it
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +15,9 @@ from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
 from coldpress.hardware import Hardware
-from coldpress.nn.adapted import begins_with_base, put_adapter_on, save_adapter, starting_products
+from coldpress.nn.adapted import begins_with_base, put_adapter_on, save_adapter, starting_products, take_adapter_up
 from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.passes.adapter_continued import continued, refuse_other_settings
 from coldpress.passes.adapter_settings import Adaptation, trained_parameters
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
 from coldpress.passes.fine_tuning import (
@@ -34,9 +36,12 @@ from coldpress.passes.training_record import document_training
 
 __all__ = ["AdapterTraining"]
 
+DEFAULT_SEED = 42
+"""Transformers' own."""
+
 
 class AdapterTraining:
-    """Base of the adapter passes; each says its settings (`adaptation`) and how the base is held (`quantization`)."""
+    """Base of the adapter passes; each says what it makes (`fresh`) and how the base is held (`quantization`)."""
 
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
     version: ClassVar[int] = 2
@@ -44,20 +49,31 @@ class AdapterTraining:
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
-        """The adapter to train; raises PlanError."""
+    peft_type: ClassVar[str] = "LORA"
+
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
+        """A new adapter to train; raises PlanError."""
         raise NotImplementedError
 
+    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+        """The adapter to train: a new one, or that of the model; raises PlanError."""
+        return self.fresh(config, spec) if spec.adapter is None else continued(config, spec, self.peft_type)
+
     def quantization(self, config: Any, spec: Spec) -> BaseQuantization | None:
-        """How the frozen layers are held; None is as they are."""
+        """How the frozen layers are held; None is as they are. Raises PlanError."""
+        if spec.base_quantization is not None:
+            raise PlanError(
+                f"the model's adapter was trained on {spec.base_quantization.quant_type} weights",
+                hint="go on with it in QLoRA, or put MergeAdapterWeights before this step",
+            )
         return None
 
     def plan(self, config: Any, spec: Spec, env: PlanContext) -> Planned:
         require_packages(type(self).__name__, self.libraries)
         refuse_untrainable(config, spec, env)
-        if spec.adapter is not None:
-            raise PlanError("the model has an adapter already", hint="put MergeAdapterWeights before this step")
         adaptation = self.adaptation(config, spec)
+        if adaptation.goes_on:
+            self.refuse_other(config, spec)
         quantization = self.quantization(config, spec)
         if quantization is not None and spec.packings:
             raise PlanError(
@@ -99,6 +115,10 @@ class AdapterTraining:
             rank=sum(adaptation.ranks.values()) // layers,
         )
 
+    def refuse_other(self, config: Any, spec: Spec) -> None:
+        """Raise PlanError for what is given and differs from the adapter that the model has."""
+        refuse_other_settings(config, spec)
+
     def notes(self, config: Any, spec: Spec) -> tuple[str, ...]:
         """More that is worth telling before the run; raises PlanError."""
         return ()
@@ -121,19 +141,28 @@ class AdapterTraining:
         imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
         folder = self.base_folder(config, adaptation, model, ctx)
         base = self.loaded(config, quantization, folder, ctx)
-        adapted = put_adapter_on(
-            base, adaptation.peft_type, adaptation.settings, int(config.training_args.get("seed") or 42)
-        )
-        self.begin(config, adaptation, adapted, model, ctx)
-        start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
+        start = None
+        if adaptation.goes_on:
+            assert model.adapter is not None
+            adapted = take_adapter_up(base, model.adapter, adaptation.settings)
+        else:
+            seed = config.training_args.get("seed")
+            adapted = put_adapter_on(
+                base, adaptation.peft_type, adaptation.settings, DEFAULT_SEED if seed is None else int(seed)
+            )
+            self.begin(config, adaptation, adapted, model, ctx)
+            start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
         memory = self.memory(config, adaptation, quantization, spec, ctx.hardware, ctx.accelerator.device)
         record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
         adapter = ctx.output / "adapter"
-        save_adapter(adapted, adapter, adaptation.targets.peft, settings=adaptation.saved, start=start)
+        own = os.path.relpath(folder, adapter) if folder.is_relative_to(ctx.output) else str(folder)
+        settings = {**adaptation.saved, "base_model_name_or_path": own}
+        save_adapter(adapted, adapter, adaptation.targets.peft, settings=settings, start=start)
         copy_tokenizer(model.tokenizer_path, adapter)
+        went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
         document_training(
             adapter,
-            record,
+            {**record, **went_on},
             method=type(self).__name__,
             config=config,
             arguments=record["arguments"],

@@ -63,7 +63,7 @@ class LoRA(AdapterTraining):
 
     Config: ClassVar[type[AdapterConfig]] = LoRAConfig
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
         return lora_adaptation(config, spec)
 
 
@@ -72,5 +72,5 @@ class DoRA(AdapterTraining):
 
     Config: ClassVar[type[AdapterConfig]] = DoRAConfig
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
         return lora_adaptation(config, spec)

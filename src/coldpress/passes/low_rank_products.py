@@ -61,20 +61,22 @@ class LoHa(AdapterTraining):
     """Train a Hadamard product of two low-rank matrices on a frozen model."""
 
     Config: ClassVar[type[AdapterConfig]] = LoHaConfig
+    peft_type: ClassVar[str] = "LOHA"
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
         own = {key: getattr(config, key) for key in ("rank_dropout", "module_dropout", "init_weights")}
-        return resolve_adapter(config, spec, "LOHA", own)
+        return resolve_adapter(config, spec, self.peft_type, own)
 
 
 class LoKr(AdapterTraining):
     """Train a Kronecker product of two small matrices on a frozen model."""
 
     Config: ClassVar[type[AdapterConfig]] = LoKrConfig
+    peft_type: ClassVar[str] = "LOKR"
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
         keys = (
             "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights",
             "decompose_both", "decompose_factor",
         )  # fmt: skip
-        return resolve_adapter(config, spec, "LOKR", {key: getattr(config, key) for key in keys})
+        return resolve_adapter(config, spec, self.peft_type, {key: getattr(config, key) for key in keys})

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_inputs import copy_adapter, lora_inputs
 from coldpress.artifacts.adapter_merged import MergedTensors
-from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
+from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, is_tied
 from coldpress.artifacts.checkpoint_files import copy_configs
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.tensors import TensorInfo, TensorSource, numpy_dtype, write_safetensors
@@ -122,11 +122,10 @@ def open_merged(
     """
     spec = model.describe()
     quantization = None if original else model.base_quantization
-    head = any(tensor.name.endswith("lm_head.weight") for tensor in spec.tensors)
     return MergedTensors(
         base,
         adapter,
-        tied=bool(spec.config.get("tie_word_embeddings", not head)),
+        tied=is_tied(spec.config, spec.tensors),
         quantization=quantization,
         four_bits=() if quantization is None else four_bit_names(spec.linear_layers()),
         added=added,

@@ -19,6 +19,7 @@ from coldpress.errors import PlanError
 from coldpress.events import Message, Progress
 from coldpress.nn.adapted import begins_with_base
 from coldpress.nn.adapters import ALL_LINEAR, decoder_linears, four_bit_names
+from coldpress.passes.adapter_continued import refuse_other_settings
 from coldpress.passes.adapter_settings import Adaptation, lora_adaptation, refuse_long_ranks
 from coldpress.passes.adapter_training import AdapterTraining
 from coldpress.passes.base import Context, PlanContext, Planned
@@ -66,7 +67,7 @@ class QLoRA(AdapterTraining):
     libraries: ClassVar[tuple[str, ...]] = (*AdapterTraining.libraries, "bitsandbytes")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_quantized",)
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
         made = lora_adaptation(config, spec)
         if begins_with_base(made.settings):
             raise PlanError(
@@ -77,10 +78,34 @@ class QLoRA(AdapterTraining):
         return made
 
     def quantization(self, config: Any, spec: Spec) -> BaseQuantization | None:
+        return spec.base_quantization or self._asked(config)
+
+    def _asked(self, config: Any) -> BaseQuantization:
         return BaseQuantization(config.quant_type, config.double_quant, _compute_dtype(config))
 
+    def refuse_other(self, config: Any, spec: Spec) -> None:
+        refuse_other_settings(config, spec)
+        held, asked = spec.base_quantization, self._asked(config)
+        if held is None:
+            return
+        odd = [
+            f"{key} is {getattr(asked, key)}, of the adapter {getattr(held, key)}"
+            for key in ("quant_type", "double_quant")
+            if key in config.model_fields_set and getattr(asked, key) != getattr(held, key)
+        ]
+        if asked.compute_dtype != held.compute_dtype:
+            odd.append(f"torch_dtype is {asked.compute_dtype}, of the adapter {held.compute_dtype}")
+        if odd:
+            raise PlanError(
+                "the model's adapter was trained on other 4-bit weights: " + "; ".join(odd),
+                hint="write the adapter's values",
+            )
+
     def notes(self, config: Any, spec: Spec) -> tuple[str, ...]:
-        return four_bit_notes(spec)
+        notes = four_bit_notes(spec)
+        if spec.adapter is not None and spec.base_quantization is None:
+            notes += ("nothing says that the model's adapter was trained on 4-bit weights; it goes on on them",)
+        return notes
 
     def recorded(self, config: Any) -> bool:
         return bool(config.save_quant_config)
@@ -93,11 +118,19 @@ class LoftQ(AdapterTraining):
     libraries: ClassVar[tuple[str, ...]] = QLoRA.libraries
     preload: ClassVar[tuple[str, ...]] = QLoRA.preload
 
-    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
         made = lora_adaptation(config, spec)
         held = set(four_bit_names(spec.linear_layers()))
         refuse_long_ranks({name: rank for name, rank in made.ranks.items() if name in held}, spec)
         return made
+
+    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+        if spec.adapter is not None:
+            raise PlanError(
+                "the model has an adapter, and LoftQ is a way to begin one",
+                hint="go on with it in QLoRA, or put MergeAdapterWeights before this step",
+            )
+        return self.fresh(config, spec)
 
     def quantization(self, config: Any, spec: Spec) -> BaseQuantization | None:
         return BaseQuantization("nf4", double_quant=False, compute_dtype=_compute_dtype(config))
