@@ -199,6 +199,12 @@ class TrainingRecord(TrainingSummary):
 
     losses: tuple[float, ...]
     """Of every step, from the first."""
+    goes_on_with: str | None = None
+    """The adapter that it went on training."""
+    form: str = ""
+    """How records went through the model: packed into one row, padded, or padded with a class each."""
+    fused: Mapping[str, int] = Field(default_factory=dict)
+    """Layers that computed in fused form, by kind."""
     log: tuple[Mapping[str, Any], ...] = ()
     """What the trainer logged, by `step`: `loss`, `learning_rate`, `grad_norm`, `eval_loss` ..."""
     base: ModelRecord | None = None

@@ -75,7 +75,12 @@ PASSES = LazyTable(
     "coldpress.passes",
     {
         "LoRA": "coldpress.passes.lora:LoRA",
-        "QLoRA": "coldpress.passes.lora:QLoRA",
+        "DoRA": "coldpress.passes.lora:DoRA",
+        "LoHa": "coldpress.passes.low_rank_products:LoHa",
+        "LoKr": "coldpress.passes.low_rank_products:LoKr",
+        "QLoRA": "coldpress.passes.quantized_lora:QLoRA",
+        "FullFinetune": "coldpress.passes.full_finetune:FullFinetune",
+        "LoftQ": "coldpress.passes.quantized_lora:LoftQ",
         "MergeAdapterWeights": "coldpress.passes.merge_adapter_weights:MergeAdapterWeights",
         "ModelBuilder": "coldpress.passes.model_builder:ModelBuilder",
         "ExtractAdapters": "coldpress.passes.extract_adapters:ExtractAdapters",

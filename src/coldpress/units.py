@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
-__all__ = ["duration", "quantity", "size", "spread"]
+__all__ = ["duration", "parse_size", "quantity", "size", "spread"]
 
 
 def size(count: float | None) -> str:
@@ -15,6 +16,17 @@ def size(count: float | None) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of `8GB`, `7.5 GiB`, `512M` or a number; raises ValueError."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no size such as 8GB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
 
 
 def duration(seconds: float | None) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coldpress.artifacts.adapter import AdapterWeights, MergedTensors
+from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_merged import MergedTensors
 from coldpress.artifacts.base import BaseQuantization
 from coldpress.artifacts.tensors import TensorInfo, TensorSet, numpy_dtype, write_safetensors
 from coldpress.errors import CheckpointError, PlanError
@@ -45,6 +46,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens by name": ("llama-gqa", {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [2]}}),
     "tied tokens": ("llama-mha-tied", {"trainable_token_indices": [7, 3]}),
     "tied modules": ("llama-mha-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "loha": ("llama-gqa", {"kind": "LoHa", "target_modules": ["q_proj", "down_proj", "lm_head"]}),
+    "loha patterns": (
+        "phi3-gqa",
+        {"kind": "LoHa", "rank_pattern": {"qkv_proj": 2}, "alpha_pattern": {"1.self_attn.o_proj": 32},
+         "target_modules": ["qkv_proj", "o_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "lokr": ("llama-gqa", {"kind": "LoKr", "target_modules": ["q_proj", "down_proj", "lm_head"]}),
+    "lokr in parts": ("llama-gqa", {"kind": "LoKr", "r": 2, "target_modules": ["q_proj", "k_proj", "up_proj"]}),
+    "lokr both in parts": ("llama-gqa", {"kind": "LoKr", "r": 2, "decompose_both": True, "decompose_factor": 8}),
+    "lokr flat": ("phi3-gqa", {"kind": "LoKr", "decompose_factor": 2, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "lokr steep": ("phi3-gqa", {"kind": "LoKr", "decompose_factor": 1, "target_modules": ["qkv_proj", "o_proj"]}),
+    "lokr patterns": (
+        "llama-gqa",
+        {"kind": "LoKr", "rank_pattern": {"q_proj": 1, "up_proj": 3}, "alpha_pattern": {"1.mlp.up_proj": 32},
+         "decompose_both": True, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["norm"]},
+    ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
 }  # fmt: skip
@@ -69,10 +86,11 @@ def make_adapter(base: Path, folder: Path, **settings: Any) -> tuple[Path, dict[
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    given = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM", **settings}
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), peft.LoraConfig(**given)
+    made, alpha = {"LoHa": (peft.LoHaConfig, "alpha"), "LoKr": (peft.LoKrConfig, "alpha")}.get(
+        settings.pop("kind", "LoRA"), (peft.LoraConfig, "lora_alpha")
     )
+    given = {"r": 4, alpha: 6, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM", **settings}
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made(**given))
     for name, value in model.named_parameters():
         if value.requires_grad:
             noise = torch.randn_like(value) * 0.1
@@ -126,7 +144,7 @@ def set_record(adapter: Path, **change: Any) -> None:
 def test_equals_pefts_merge(name: str, tmp_path: Path) -> None:
     model, settings = VARIANTS[name]
     base = make_base(model, tmp_path / "base")
-    adapter, expected = make_adapter(base, tmp_path / "adapter", **settings)
+    adapter, expected = make_adapter(base, tmp_path / "adapter", **dict(settings))
     worst, changed = distance(base, adapter, expected)
     assert worst < TOLERANCE
     with AdapterWeights.open(adapter) as weights, TensorSet.open(base) as tensors:
@@ -179,7 +197,7 @@ def test_rows_of_a_four_bit_base(
     import ml_dtypes
     import torch
 
-    monkeypatch.setattr("coldpress.artifacts.adapter.CHUNK_ELEMENTS", 64 * 5)
+    monkeypatch.setattr("coldpress.artifacts.adapter_merged.CHUNK_ELEMENTS", 64 * 5)
     tiny_model("llama-gqa", tmp_path / "base", dtype=torch.bfloat16)
     adapter, _ = make_adapter(tmp_path / "base", tmp_path / "adapter", use_dora=True)
     layers = [f"model.layers.1.self_attn.{part}_proj" for part in ("q", "k")]
@@ -321,7 +339,7 @@ def test_a_tied_checkpoint_that_holds_its_head_twice(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "LOHA"}, "of the type LOHA"),
+    ({"peft_type": "ADALORA"}, "of the type ADALORA; what can be merged: LORA, LOHA, LOKR"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     ({"init_lora_weights": "lora_ga"}, "lora_ga"),
     ({"use_qalora": True}, "QA-LoRA"),
@@ -363,6 +381,7 @@ DAMAGED: list[tuple[str, Callable[[dict[str, np.ndarray]], None] | dict[str, Any
     ("wrong rank of B", change("lora_B", lambda b: b[:, :3]), r"at rank 4, .* must be \[4, in\] and \[out, 4\]"),
     ("too wide", change("lora_A", lambda a: np.tile(a, 2)), r"of shape \[64, 128\], the base has \[64, 64\]"),
     ("no B", drop("lora_B"), r"has no B"),
+    ("another type", {"peft_type": "LOHA", "alpha": 6}, r"has \S+lora_\S+, of another type than LOHA"),
     ("not a number", change("lora_A", lambda a: np.where(a == a[1, 9], np.nan, a)), "holds NaN"),
     ("alpha is text", {"lora_alpha": "much"}, "lora_alpha and alpha_pattern must be finite numbers"),
     ("no alpha", {"lora_alpha": None}, "lora_alpha and alpha_pattern must be finite numbers"),

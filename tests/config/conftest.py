@@ -25,6 +25,8 @@ class LoRAStandIn(Frozen):
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
     modules_to_save: tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
     torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     train_data_config: str
     eval_data_config: str | None = None

@@ -222,7 +222,6 @@ def test_olive_0_6_defaults_are_written_out_and_told(local: Any, load: Load) -> 
         "gradient_accumulation_steps": 16,
         "max_steps": 10000,
         "learning_rate": 2e-4,
-        "gradient_checkpointing": True,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.03,
         "logging_steps": 10,
@@ -252,7 +251,6 @@ def test_todays_defaults(today: Any, load: Load) -> None:
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.03,
-        "gradient_checkpointing": True,
         "report_to": "none",
         "eval_strategy": "no",
     }
@@ -576,9 +574,20 @@ def test_lora_leftovers(local: Any, load: Load, problems_of: Problems) -> None:
     config = load(local)
     paths = {warning.path.rpartition(".")[2] for warning in config.warnings}
     assert {"use_ort_trainer", "loftq_iter", "double_quant"} <= paths
-    lora["bias"] = "all"
+    lora["bias"] = "some"
     (problem,) = problems_of(local)
     assert problem.path == "passes.lora.config.bias"
+
+
+def test_what_olives_lora_family_says_of_layers_that_we_do_not_have(today: Any, load: Load) -> None:
+    today["passes"]["ft"].update(
+        {"use_effective_conv2d": True, "rank_pattern": {"o_proj": 2}, "rank_dropout": 0.1, "decompose_both": True}
+    )
+    config = load(today)
+    assert params(config, "ft").rank_pattern == {"o_proj": 2}
+    paths = {warning.path.rpartition(".")[2] for warning in config.warnings}
+    assert {"rank_dropout", "decompose_both"} <= paths, "they belong to LoHa and LoKr"
+    assert any("use_effective_conv2d" in line for line in reported(config))
 
 
 def test_a_name_given_twice(local: Any, problems_of: Problems) -> None:
@@ -691,8 +700,7 @@ def test_one_pass_flow_orders_the_passes(local: Any, load: Load) -> None:
         ("PyTorchTensorParallel", "passes we have"),
         ("SNPEConversion", "passes we have"),
         ("VitisAIQuantization", "int8"),
-        ("LoftQ", "LoRA"),
-        ("DoRA", "LoRA"),
+        ("SDLoRA", "LoRA"),
         ("OnnxDiscrepancyCheck", "parity check"),
     ],
 )

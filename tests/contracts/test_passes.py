@@ -28,10 +28,12 @@ def data(tmp_path: Path) -> dict[str, DataConfig]:
     return {"train": config}
 
 
+ARGUMENTS = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_checkpointing": False, "report_to": "none"}
+
+
 def training(name: str, data: dict[str, DataConfig], model: Path, **more: Any) -> PassCase:
     made = PASSES[name]()
-    arguments = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_checkpointing": False, "report_to": "none"}
-    config = made.Config(r=2, target_modules=["o_proj"], train_data_config="train", training_args=arguments, **more)
+    config = made.Config(r=2, target_modules=["o_proj"], train_data_config="train", training_args=ARGUMENTS, **more)
     return PassCase(made, config, Artifact.load(model), data)
 
 
@@ -41,10 +43,48 @@ class TestLoRA(PassContract):
         return training("LoRA", data, phi3)
 
 
+class TestDoRA(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
+        return training("DoRA", data, phi3, rank_pattern={"layers.0.*": 1})
+
+
+class TestLoRAFromTheBase(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
+        return training("LoRA", data, phi3, init_lora_weights="pissa_niter_2", layers_to_transform=(0, 1))
+
+
+class TestLoHa(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
+        return training("LoHa", data, phi3, rank_dropout=0.1)
+
+
+class TestLoKr(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
+        return training("LoKr", data, phi3, decompose_both=True)
+
+
+class TestLoftQ(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
+        return training("LoftQ", data, phi3, loftq_iter=2)
+
+
 class TestQLoRA(PassContract):
     @pytest.fixture
     def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
         return training("QLoRA", data, phi3, double_quant=True)
+
+
+class TestFullFinetune(PassContract):
+    @pytest.fixture
+    def case(self, data: dict[str, DataConfig], phi3: Path) -> PassCase:
+        made = PASSES["FullFinetune"]()
+        config = made.Config(trainable_modules=("layers.5",), train_data_config="train", training_args=ARGUMENTS)
+        return PassCase(made, config, Artifact.load(phi3), data)
 
 
 class TestMergeAdapterWeights(PassContract):

@@ -37,8 +37,8 @@ def make_tokenizer(folder: Path, *, bos: bool = True) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat16", seed: int = 0) -> Path:
-    """A two-layer model with hidden size 64, and its tokenizer."""
+def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat16", seed: int = 0, **more: Any) -> Path:
+    """A two-layer model with hidden size 64, and its tokenizer. `more` goes into its config."""
     imports.load_training()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
@@ -55,6 +55,7 @@ def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat1
         "eos_token_id": 257,
         "pad_token_id": 258,
         "initializer_range": 0.2,
+        **more,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -168,9 +168,7 @@ def test_a_loss_that_is_not_finite(tiny_phi3: Path, tmp_path: Path) -> None:
         if isinstance(event, Progress) and event.done == 1:
             next(value for value in model.parameters() if value.requires_grad).data.fill_(float("nan"))
 
-    with pytest.raises(
-        TrainingError, match=r"the loss became nan in step 2; the last finite loss was \d.*sequences \d+, \d+"
-    ):
+    with pytest.raises(TrainingError, match=r"became nan in step 2; the last finite loss was \d.*sequences \d+, \d+"):
         train(model, sequences(), None, arguments=ARGUMENTS, pad_id=258, work=tmp_path, step="t", emit=poison)
 
 

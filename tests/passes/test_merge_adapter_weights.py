@@ -169,7 +169,7 @@ def test_an_adapter_of_another_model(tiny_phi3: Path, tmp_path: Path, context: C
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "LOHA"}, "of the type LOHA"),
+        ({"peft_type": "ADALORA"}, "of the type ADALORA"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"use_qalora": True}, "QA-LoRA"),
     ],

@@ -67,7 +67,7 @@ def test_a_cached_training_says_where_its_logs_are(document: dict[str, Any], tmp
     other = {**document, "output_dir": str(tmp_path / "other")}
     logs = Path(document["output_dir"]) / "logs" / "tune"
     assert f"it was trained before; what it told tensorboard is in {logs}" in said(other)
-    assert not (tmp_path / "other" / "logs").exists()
+    assert not (tmp_path / "other" / "logs" / "tune" / "tensorboard").exists()
 
 
 def test_a_folder_of_ones_own(document: dict[str, Any], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_folder_of_ones_own(document: dict[str, Any], tmp_path: Path) -> None:
     named["passes"]["tune"]["training_args"]["logging_dir"] = str(tmp_path / "mine")
     said({**named, "output_dir": str(tmp_path / "output")})
     assert list((tmp_path / "mine" / "tensorboard").glob("events.out.tfevents.*"))
-    assert not (tmp_path / "output" / "logs").exists()
+    assert not (tmp_path / "output" / "logs" / "tune" / "tensorboard").exists()
 
 
 def test_a_service_that_is_not_installed_stops_the_plan(document: dict[str, Any]) -> None:

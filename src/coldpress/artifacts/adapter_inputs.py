@@ -50,6 +50,7 @@ def lora_inputs(adapter: AdapterWeights, dtype: str = "float32") -> dict[str, Ar
     import numpy as np
 
     odd = {
+        "LoHa or LoKr": len(adapter.products),
         "DoRA": sum(pair.magnitude is not None for pair in adapter.pairs.values()),
         "LoRA on embeddings": sum(name.endswith(EMBEDDING) for name in adapter.pairs),
         "LoRA on Conv1D layers": sum(

@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from coldpress.artifacts.adapter_base import check_adapter, recorded_base
+from coldpress.artifacts.adapter_record import AdapterSpec, adapter_spec, modules_of
+from coldpress.artifacts.json_file import read_json
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.stored import Packing
 from coldpress.artifacts.tensors import TensorFile, TensorInfo
 from coldpress.errors import CheckpointError
 
-__all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "read_json"]
+__all__ = ["AdapterSpec", "Artifact", "BaseQuantization", "Spec", "is_tied", "read_json"]
 
 ARTIFACT_FILE = "artifact.json"
 _MARKS = (ARTIFACT_FILE, "genai_config.json", "adapter_config.json", "config.json")
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """A low-rank adapter on top of a checkpoint."""
-
-    r: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    """Last part of the names of the linear layers it changes."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +136,12 @@ class Artifact:
         if (path / "genai_config.json").is_file():
             return cls(path, "onnx", path)
         if (path / "adapter_config.json").is_file():
-            base = Path(str(read_json(path / "adapter_config.json").get("base_model_name_or_path", "")))
-            if not (base / "config.json").is_file():
+            record = read_json(path / "adapter_config.json")
+            base = recorded_base(path, record)
+            if base is None:
+                said = record.get("base_model_name_or_path")
                 raise CheckpointError(
-                    f"{path} is an adapter; its base model {str(base)!r} is not a local checkpoint folder",
+                    f"{path} is an adapter; its base model {said!r} is not a local checkpoint folder",
                     hint="give the base as the model and this folder as its adapter",
                 )
             return cls(path, "checkpoint", base, adapter=path, tokenizer=path if _has_tokenizer(path) else None)
@@ -156,6 +151,17 @@ class Artifact:
         raise CheckpointError(
             f"{path} {what}, so it is no model",
             hint="a model is a Hugging Face checkpoint folder or an ONNX Runtime GenAI folder",
+        )
+
+    def with_adapter(self, adapter: Path) -> Artifact:
+        """The same base with another adapter; how that was trained is taken from the artifact it lies in, if any."""
+        beside = adapter.parent / ARTIFACT_FILE
+        quantization = None
+        if beside.is_file():
+            whole = Artifact.from_record(adapter.parent, read_json(beside))
+            quantization = whole.base_quantization if whole.adapter == adapter.resolve() else None
+        return Artifact(
+            path=self.path, kind="checkpoint", model=self.model, adapter=adapter, base_quantization=quantization
         )
 
     @classmethod
@@ -227,6 +233,8 @@ class Artifact:
         config = read_json(self.model / "config.json")
         with open_checkpoint(self.model, config) as tensors:
             infos, packings = tuple(tensors.infos()), tensors.packings
+            if self.adapter is not None:
+                check_adapter(self.adapter, self.model, tensors, tied=is_tied(config, infos))
         return Spec(
             kind="checkpoint",
             config=config,
@@ -241,17 +249,10 @@ class Artifact:
         if self.adapter is None:
             return None
         record = read_json(self.adapter / "adapter_config.json")
+        with TensorFile(self.adapter / "adapter_model.safetensors") as own:
+            modules = modules_of(info.name for info in own.infos())
         try:
-            targets = record["target_modules"]
-            if isinstance(targets, str):  # a regular expression, or all-linear
-                with TensorFile(self.adapter / "adapter_model.safetensors") as own:
-                    parts = (info.name.partition(".lora_") for info in own.infos())
-                    targets = [module for module, lora, _ in parts if lora]
-            return AdapterSpec(
-                r=int(record["r"]),
-                alpha=float(record["lora_alpha"]),
-                target_modules=tuple(sorted({str(name).rpartition(".")[2] for name in targets})),
-            )
+            return adapter_spec(record, modules)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.adapter / 'adapter_config.json'} is no low-rank adapter's config: {error!r}",
@@ -274,17 +275,10 @@ class Artifact:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model; raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", hint="is the download complete?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}", hint="download the model again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+def is_tied(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> bool:
+    """Whether a model uses one matrix as embedding and head."""
+    head = any(tensor.name.endswith("lm_head.weight") for tensor in tensors)
+    return bool(config.get("tie_word_embeddings", not head))
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -15,6 +15,7 @@ from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.tree import Node, from_plain, join_path, problem_at
 
 __all__ = [
+    "FULL_TRAINING_DEFAULTS",
     "OLIVE_0_6_TRAINING_DEFAULTS",
     "QLORA_TRAINING_DEFAULTS",
     "TODAY_TRAINING_DEFAULTS",
@@ -28,13 +29,16 @@ TODAY_TRAINING_DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0.03,
-    "gradient_checkpointing": True,
     "report_to": "none",
 }
-"""Where Olive's LoRA family departs from Transformers today. `warmup_steps` below 1 is a share of all steps."""
+"""Where Olive's LoRA family departs from Transformers today. `warmup_steps` below 1 is a share of all steps. Olive's
+gradient_checkpointing is left out: it changes nothing that is learned, and is chosen by the memory there is."""
 
 QLORA_TRAINING_DEFAULTS: Mapping[str, Any] = {"optim": "paged_adamw_32bit"}
 """What QLoRA adds."""
+
+FULL_TRAINING_DEFAULTS: Mapping[str, Any] = {"learning_rate": 2e-5}
+"""Where training all weights departs from training an adapter, which takes ten times larger steps."""
 
 OLIVE_0_6_TRAINING_DEFAULTS: Mapping[str, Any] = {
     "seed": 42,
@@ -46,7 +50,6 @@ OLIVE_0_6_TRAINING_DEFAULTS: Mapping[str, Any] = {
     "max_steps": 10000,
     "weight_decay": 0.0,
     "learning_rate": 2e-4,
-    "gradient_checkpointing": True,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0.03,
     "logging_steps": 10,
@@ -64,6 +67,7 @@ def training_defaults(kind: str, has_eval_data: bool, device: str) -> dict[str, 
     """What a pass trains with today where its `training_args` are silent."""
     values = dict(TODAY_TRAINING_DEFAULTS)
     values["eval_strategy"] = "steps" if has_eval_data else "no"
+    values.update(FULL_TRAINING_DEFAULTS if kind == "FullFinetune" else {})
     if kind == "QLoRA":
         values.update(QLORA_TRAINING_DEFAULTS)
         if device == "cpu":
@@ -93,7 +97,8 @@ def write_defaults(rw: Rewriting) -> None:
         at = f"passes.{name}"
         device = host_device(rw.root, entry.text("host"))
         if rw.dialect == "0.6":
-            rw.default("defaults", entry, "lora_dropout", 0.0, at)
+            if "lora_dropout" in rw.passes[kind].model_fields:
+                rw.default("defaults", entry, "lora_dropout", 0.0, at)
             arguments = entry.mapping.setdefault("training_args", entry.child("training_args", {}))
             _old_training(rw, arguments, kind, has_eval_data(entry), device, at)
         _mend_training(rw, entry, kind, device)

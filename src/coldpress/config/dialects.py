@@ -49,6 +49,8 @@ _SINCE: tuple[tuple[str, str, Version], ...] = (
     ("pass:LoRA", "alpha", (0, 8)),
     ("pass:QLoRA", "r", (0, 8)),
     ("pass:QLoRA", "alpha", (0, 8)),
+    ("pass:LoftQ", "r", (0, 8)),
+    ("pass:LoftQ", "alpha", (0, 8)),
 )
 """Level, key and the first Olive version that knew it."""
 

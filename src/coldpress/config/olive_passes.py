@@ -15,7 +15,7 @@ RENAMED_PASSES = {"GenAIModelExporter": "ModelBuilder"}
 """Old name of a pass we have."""
 
 _GROUPS: dict[str, tuple[str, ...]] = {
-    _LORA: ("DoRA", "LoHa", "LoKr", "LoftQ", "SDLoRA"),
+    _LORA: ("SDLoRA",),
     _INT4: (
         "Gptq", "Rtn", "KQuant", "GptqQuantizer", "GptqModel", "AutoAWQQuantizer", "AutoClip", "QuaRot", "SpinQuant",
         "OnnxBlockWiseRtnQuantization", "OnnxKQuantQuantization", "OnnxHqqQuantization", "OnnxBnb4Quantization",

@@ -17,23 +17,18 @@ from coldpress.registry import nearest
 __all__ = ["RULES", "SIBLINGS", "TRAINING_PASSES"]
 
 V07: Version = (0, 7)
-TRAINING_PASSES = ("LoRA", "QLoRA")
+TRAINING_PASSES = ("LoRA", "DoRA", "QLoRA", "LoftQ", "LoHa", "LoKr", "FullFinetune")
 
 SIBLINGS: dict[str, str] = {
+    "lora_dropout": "LoRA and its kin",
     "double_quant": "QLoRA",
     "quant_type": "QLoRA",
-    "compute_dtype": "QLoRA",
-    "save_quant_config": "QLoRA",
+    "compute_dtype": "QLoRA and LoftQ",
+    "save_quant_config": "QLoRA and LoftQ",
     "loftq_iter": "LoftQ",
     "rank_dropout": "LoHa and LoKr",
     "module_dropout": "LoHa and LoKr",
-    "use_effective_conv2d": "LoHa and LoKr",
-    "exclude_modules": "LoHa and LoKr",
     "init_weights": "LoHa and LoKr",
-    "layers_to_transform": "LoHa and LoKr",
-    "layers_pattern": "LoHa and LoKr",
-    "rank_pattern": "LoHa and LoKr",
-    "alpha_pattern": "LoHa and LoKr",
     "decompose_both": "LoKr",
     "decompose_factor": "LoKr",
     "rank_dropout_scale": "LoKr",
@@ -151,14 +146,6 @@ def _list_of_values(node: Node, key: str, model: type[BaseModel] | None) -> bool
     return model is not None and node.items is not None and key != "training_args" and not takes_list(model, key)
 
 
-def _bias(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.members["bias"]
-    if node.value in (None, "none"):
-        rw.drop(parent, "bias", "biases are not trained", rule=rule.name)
-    else:
-        rw.refuse(parent, "bias", f"biases are not trained, got {node.value!r}", "write none, or modules_to_save")
-
-
 def _text_or_none(node: Node) -> bool:
     return node.value is None
 
@@ -173,13 +160,13 @@ _ORT = "ONNX Runtime training is gone; Transformers' Trainer is used"
 _FAMILY: tuple[tuple[str, Action, Version | None, Callable[[Node], bool] | None], ...] = (
     ("lora_r", Rename("r"), V07, None),
     ("lora_alpha", Rename("alpha"), V07, None),
-    ("bias", Custom(_bias), V07, None),
     ("use_ort_trainer", Drop(_ORT), V07, lambda node: not node.value),
     ("use_ort_trainer", Drop(_ORT, warn=True), V07, _true),
     ("ortmodule_onnx_opset_version", Drop(_ORT), V07, None),
     ("allow_tf32", _TF32, None, None),
     ("device_map", _MAP, None, None),
     ("ephemeral_gpu_offload", _MAP, None, None),
+    ("use_effective_conv2d", Drop("the layers of a language model are linear, none is a convolution"), None, None),
 )
 
 

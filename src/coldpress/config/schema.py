@@ -208,22 +208,31 @@ class LoadDataset(Frozen):
 class PreProcess(Frozen):
     """How records become token sequences."""
 
+    format: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"] = "auto"
+    """Form of the records; auto: what the keys below say, else column `text`, else told from the columns."""
     text_cols: tuple[str, ...] | None = None
     """Columns joined by a space, when there is no template."""
     text_field: str | None = None
     """The one column that holds the text."""
     text_template: str | None = None
-    """Text of one record, `{column}` filled in."""
+    """Text of one record, `{column}` filled in; `{column|loss}` marks an answer."""
     chat_template: bool | str = False
     """Render `message_col` with the tokenizer's chat template (true), or with this Jinja template."""
     message_col: str = "messages"
     """Column of chat messages, each with `role` and `content`."""
     label_col: str | None = None
-    """Column that holds the answer: what the accuracy metric scores, and where completion-only loss begins."""
-    completion_only_loss: bool = False
-    """Loss on the answer (`label_col`) and what follows it, not on the prompt. Needs line-by-line."""
-    strategy: Literal["join", "join-random", "join-sliding-window", "line-by-line", "line-by-line-random"] = "join"
-    """One stream cut into full sequences (join), or one record a sequence (line-by-line)."""
+    """Column that holds the answer: what the accuracy metric scores, and where completion-only loss begins; the class
+    in sequence classification."""
+    completion_only_loss: bool | None = None
+    """Loss on the answers and what ends them, not on the prompts; null: yes where the format says what the answers are
+    and a sequence holds whole records (not under join)."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns carry completion-only loss."""
+    strategy: Literal["join", "join-random", "join-sliding-window", "line-by-line", "line-by-line-random", "pack"] = (
+        "join"
+    )
+    """One stream cut into full sequences (join), one record a sequence (line-by-line), or as many whole records as fit,
+    which do not see each other (pack)."""
     max_seq_len: int = Field(default=1024, ge=1)
     """Tokens in a sequence; clamped to the model's context with a warning."""
     max_samples: int | None = Field(default=None, ge=1)

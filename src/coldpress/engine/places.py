@@ -91,7 +91,7 @@ class Places:
                 f"adapter_path {adapter_path!r} is no adapter folder; looked in {self.looked_in(adapter_path)}",
                 hint="give the folder that holds adapter_config.json, or the output folder of a fine-tuning",
             )
-        return Artifact(path=artifact.path, kind="checkpoint", model=artifact.model, adapter=adapter)
+        return artifact.with_adapter(adapter)
 
     def data(self, config: DataConfig) -> DataConfig:
         """The same data config with absolute file paths; files that are not there keep the name that was given."""

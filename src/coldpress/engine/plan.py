@@ -27,7 +27,7 @@ from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError,
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
-from coldpress.units import size
+from coldpress.units import parse_size, size
 
 __all__ = ["Plan", "Step", "check_plan", "input_artifact", "make_plan"]
 
@@ -367,13 +367,16 @@ class _Planner:
 
     def _fits(self, plan: Plan) -> None:
         """Compare the estimates with what the machine has."""
-        memory = self.hardware.memory
+        memory, whose = self.hardware.memory, "this machine has"
+        allowed = plan.accelerator.memory if plan.accelerator.device == "cpu" else None
+        if allowed is not None and parse_size(allowed) < memory:
+            memory, whose = parse_size(allowed), "the config allows"
         for step in plan.steps:
             if step.estimate is None:
                 continue
             if step.estimate.ram > memory:
                 self.refuse(
-                    f"needs about {size(step.estimate.ram)} of memory, and this machine has {size(memory)}",
+                    f"needs about {size(step.estimate.ram)} of memory, and {whose} {size(memory)}",
                     f"passes.{step.name}",
                     "use a smaller batch, a shorter max_seq_len or gradient_checkpointing",
                 )

@@ -13,6 +13,7 @@ from typing import Any
 import coldpress
 from coldpress.artifacts.base import Artifact
 from coldpress.config.load import LoadedConfig
+from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.schema import Metric
 from coldpress.digest import digest_value
 from coldpress.engine.logs import log_folder, logs_elsewhere, reporters_of
@@ -447,7 +448,7 @@ def _already_published(output_dir: Path, entry: Entry) -> bool:
 def _memory_advice(step: Step) -> str:
     """What to change when the operating system killed a step."""
     estimate = "" if step.estimate is None else f"the plan estimated {step.estimate.ram / 1e9:.2f} GB; "
-    if step.type in ("LoRA", "QLoRA"):
+    if step.type in TRAINING_PASSES:
         return estimate + ("lower per_device_train_batch_size or max_seq_len, set gradient_checkpointing, or use QLoRA")
     return estimate + "close other programs or use a machine with more memory"
 

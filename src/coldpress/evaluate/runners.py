@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_inputs import ADAPTER_FILE, FORMATS, lora_inputs
+from coldpress.artifacts.adapter_record import modules_of
 from coldpress.artifacts.base import Artifact, BaseQuantization, read_json
 from coldpress.artifacts.tensors import TensorSet, TensorSource
 from coldpress.errors import CheckpointError, StepError, UnsupportedModelError
@@ -109,7 +110,7 @@ def _runs_in_blocks(model: Artifact) -> bool:
     config = read_json(model.adapter / "adapter_config.json")
     whole = tuple(f".{module}.weight" for module in config.get("modules_to_save") or ())
     with TensorSet.open(model.adapter / "adapter_model.safetensors") as tensors:
-        names = [info.name for info in tensors.infos() if "lora_" not in info.name]
+        names = [info.name for info in tensors.infos() if not modules_of([info.name])]
     plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian")
     return model.base_quantization is None and plain_start and all(name.endswith(whole) for name in names)
 

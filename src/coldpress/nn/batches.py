@@ -1,7 +1,8 @@
 """From the rows of one training step to micro-batches: as many tokens at a time as there is room for, no padding.
 
     a step      per_device_train_batch_size * gradient_accumulation_steps rows, as the config says
-    packed      its records, longest first, cut into runs of at most `tokens`; each run is one row of the model
+    packed      its records, longest first, cut into runs of at most `tokens`; each run is one row of the model, with
+                a record of padding that rounds its length: libraries prepare a product once for each shape
     padded      for models whose records cannot share a row: runs filled up to their longest record
     classes     as padded, with one class for each record
 
@@ -21,6 +22,11 @@ from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.nn.packed_attention import Segments, segments_of
 
 __all__ = ["Form", "MicroBatch", "StepBatch", "cut_step"]
+
+ROUNDING = 32
+"""A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
+kernel for each new shape, half a millisecond each: with rows of any length that was half of the time of short steps."""
+LONG = 512
 
 Form = Literal["packed", "padded", "classes"]
 
@@ -83,13 +89,18 @@ def cut_step(
     if form != "classes":
         useful = [one for one in found if any(label != IGNORED for label in one.labels[1:])]
         # One record stays even so: a model that several processes share must run in each of them.
-        found = useful or [min(found, key=lambda one: len(one.ids))]
-    found.sort(key=lambda one: -len(one.ids))
+        found = useful or [max(found, key=_by_length)]
+    found.sort(key=_by_length)
     micro = []
     for run in _runs([len(one.ids) for one in found], tokens, records, padded=form != "packed"):
         own = found[run.start : run.stop]
-        micro.append(_packed(own) if form == "packed" else _padded(own, pad_id, padding_side, form))
+        micro.append(_packed(own, pad_id) if form == "packed" else _padded(own, pad_id, padding_side, form))
     return StepBatch(tuple(index for index, _ in rows), tuple(micro))
+
+
+def _by_length(record: _Record) -> int:
+    """Longest first."""
+    return -len(record.ids)
 
 
 def _records(sequence: TokenSequence) -> Iterator[_Record]:
@@ -115,7 +126,11 @@ def _runs(lengths: Sequence[int], tokens: int, records: int | None, *, padded: b
         yield range(start, len(lengths))
 
 
-def _packed(records: Sequence[_Record]) -> MicroBatch:
+def _packed(records: Sequence[_Record], pad_id: int) -> MicroBatch:
+    tokens = sum(len(one.ids) for one in records)
+    filling = -tokens % (ROUNDING if tokens < LONG else 2 * ROUNDING)
+    if filling:
+        records = sorted([*records, _Record([pad_id] * filling, [IGNORED] * filling, None)], key=_by_length)
     ids = [token for one in records for token in one.ids]
     rows, targets, start = [], [], 0
     for one in records:
@@ -131,7 +146,7 @@ def _packed(records: Sequence[_Record]) -> MicroBatch:
         "loss_rows": torch.tensor(rows),
         "loss_targets": torch.tensor(targets),
     }
-    return MicroBatch(inputs, segments, len(rows), len(ids))
+    return MicroBatch(inputs, segments, len(rows), tokens)
 
 
 def _padded(records: Sequence[_Record], pad_id: int, padding_side: str, form: Form) -> MicroBatch:

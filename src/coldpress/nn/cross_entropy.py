@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+ROUNDING = 16
+"""Rows of a slice are a multiple of it."""
+
 __all__ = ["Head", "head_loss", "linear_cross_entropy"]
 
 SLICE_BYTES = 16 << 20
@@ -77,7 +80,7 @@ def _vocabulary(module: torch.nn.Module) -> int:
 
 def _rows(hidden: torch.Tensor, vocabulary: int) -> int:
     budget = SLICE_BYTES * (16 if hidden.is_cuda else 1)
-    return max(16, budget // (vocabulary * int(hidden.element_size())))
+    return max(1, budget // (vocabulary * int(hidden.element_size()) * ROUNDING)) * ROUNDING
 
 
 def linear_cross_entropy(
@@ -97,7 +100,11 @@ class _Plain(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, wanted: bool
     ) -> torch.Tensor:
-        count, total = hidden.shape[0], hidden.new_zeros((), dtype=torch.float32)
+        real = hidden.shape[0]
+        # Filled up to a multiple: a product is prepared once for each shape.
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -real % ROUNDING))
+        targets = torch.nn.functional.pad(targets, (0, -real % ROUNDING))
+        count, losses = hidden.shape[0], hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         wanted = wanted and ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         buffer = hidden.new_empty((min(rows, count), weight.shape[0]))
@@ -108,15 +115,15 @@ class _Plain(torch.autograd.Function):  # type: ignore[misc]
             highest = logits.amax(1, keepdim=True)
             shares = logits.sub_(highest).exp_()
             sums = shares.sum(1, keepdim=True, dtype=torch.float32)
-            total += (sums.log() + highest.float() - right).sum()
+            losses[start : start + rows] = (sums.log() + highest.float() - right).squeeze(1)
             if gradient is not None:
                 part = torch.mm(shares, weight)
                 wide = part.float().div_(sums)
                 wide -= weight.index_select(0, ids.squeeze(1))
                 gradient[start : start + rows] = wide
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
+            ctx.save_for_backward(gradient[:real])
+        return losses[:real].sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:

@@ -20,16 +20,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-__all__ = ["fused_layers", "random_mask"]
+__all__ = ["Fused", "fused_layers", "random_mask"]
 
 Weight = Callable[[], torch.Tensor]
 
-TOLERANCE = 2e-2
-"""Relative, of the norm: bfloat16 has 8 bits, and the two sides round in different places."""
+EXACT, ROUNDED = 1e-4, 2e-2
+"""Relative differences, of the norm, that count as agreement in float32 and in 16 bits: the two sides round in
+different places, and bfloat16 has 8 bits."""
 
 
 def random_mask(like: torch.Tensor, dropped: float) -> torch.Tensor:
@@ -180,10 +182,20 @@ def _rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
 # -- in the place of what ----------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Fused:
+    """What was replaced."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Layers of each kind."""
+    trained: set[int] = field(default_factory=set)
+    """Identities of the trained parameters whose products are made in the layer's own type, whatever theirs is."""
+
+
 @contextmanager
-def fused_layers(model: Any) -> Iterator[Counter[str]]:
-    """While the block runs, layers of `model` compute by the functions above; yields how many of each kind."""
-    found: Counter[str] = Counter()
+def fused_layers(model: Any) -> Iterator[Fused]:
+    """While the block runs, layers of `model` compute by the functions above."""
+    found = Fused()
     undo: list[Callable[[], None]] = []
     try:
         for module in model.modules():
@@ -192,13 +204,15 @@ def fused_layers(model: Any) -> Iterator[Counter[str]]:
                 if forward is not None and _agrees(module, forward):
                     module.forward = forward
                     undo.append(lambda module=module: module.__dict__.pop("forward", None))  # type: ignore[misc]
-                    found[kind] += 1
+                    found.counts[kind] += 1
+                    if make is _linear:
+                        found.trained |= {id(one) for one in module.parameters() if one.requires_grad}
         for owner in _rotary_owners(model):
             if _rotates_alike(owner.apply_rotary_pos_emb):
                 original = owner.apply_rotary_pos_emb
                 owner.apply_rotary_pos_emb = _rotary
                 undo.append(lambda owner=owner, original=original: setattr(owner, "apply_rotary_pos_emb", original))  # type: ignore[misc]
-                found["rotary"] += 1
+                found.counts["rotary"] += 1
         yield found
     finally:
         for one in reversed(undo):
@@ -215,8 +229,7 @@ def _linear(module: Any) -> Callable[..., torch.Tensor] | None:
     plain = name in module.active_adapters and not module.lora_variant.get(name) and not module.lora_bias.get(name)
     if not plain or a.bias is not None or b.bias is not None:
         return None
-    bias = base.bias
-    if base.weight.requires_grad or (bias is not None and bias.requires_grad):
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
     weight, dtype = _weight_of(base)
     if weight is None:
@@ -229,7 +242,7 @@ def _linear(module: Any) -> Callable[..., torch.Tensor] | None:
         if args or kwargs or module.disable_adapters or module.merged:
             return own_forward(module, x, *args, **kwargs)
         x = x.to(dtype)
-        own_bias = None if bias is None else bias.to(dtype)
+        own_bias = None if base.bias is None else base.bias.to(dtype)
         if not (module.training and dropped):
             return _LowRankLinear.apply(x, weight, own_bias, a.weight, b.weight, scale, None)
         kept = random_mask(x.reshape(-1, x.shape[-1]), dropped)
@@ -257,7 +270,8 @@ def _norm(module: Any) -> Callable[..., torch.Tensor] | None:
     named = type(module).__name__.endswith("RMSNorm")
     if not named or not isinstance(weight, torch.nn.Parameter) or weight.requires_grad or not isinstance(eps, float):
         return None
-    return lambda x: _RmsNorm.apply(x, weight, eps)
+    # Read when it is used: FSDP puts other tensors in its place.
+    return lambda x: _RmsNorm.apply(x, module.weight, eps)
 
 
 def _gated(module: Any) -> Callable[..., torch.Tensor] | None:
@@ -306,16 +320,17 @@ def _agrees(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
         return False  # it wants other input than this: its own code stays
     finally:
         module.train(was_training)
-    return all(_close(one, other) for one, other in zip(*results, strict=True))
+    allowed = EXACT if dtype == torch.float32 else ROUNDED
+    return all(_close(one, other, allowed) for one, other in zip(*results, strict=True))
 
 
-def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _close(one: torch.Tensor | None, other: torch.Tensor | None, allowed: float) -> bool:
     if one is None or other is None:
         return one is other
     if one.shape != other.shape:
         return False
     difference = (one.float() - other.float()).norm()
-    return bool(difference <= TOLERANCE * one.float().norm() + 1e-6)
+    return bool(difference <= allowed * one.float().norm() + 1e-6)
 
 
 def _input_of(module: Any) -> tuple[int, torch.dtype]:

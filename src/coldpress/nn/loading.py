@@ -21,7 +21,7 @@ from coldpress.nn.adapters import four_bit_names
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["four_bit_layers", "load_adapter", "load_dequantized", "load_model", "load_outline"]
+__all__ = ["dequantized", "four_bit_layers", "load_adapter", "load_dequantized", "load_model", "load_outline"]
 
 
 def load_model(
@@ -201,7 +201,6 @@ def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remo
     """The model that a QLoRA adapter was trained on, as a plain float32 model; bitsandbytes makes its weights."""
     imports.load_bitsandbytes()
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
     linear = torch.nn.Linear
     model = load_model(
@@ -211,7 +210,7 @@ def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remo
         quantization=quantization,
     )
     for name, layer in four_bit_layers(model).items():
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        weight = dequantized(layer)
         plain = linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
@@ -230,6 +229,16 @@ def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remo
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     return model
+
+
+def dequantized(layer: Any) -> torch.Tensor | None:
+    """The weight that a 4-bit layer of bitsandbytes stands for, in its compute type; None for another layer."""
+    import bitsandbytes
+
+    if not isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return None
+    found: torch.Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return found
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
@@ -272,5 +281,6 @@ def _four_bit(quantization: BaseQuantization, matrices: Mapping[str, tuple[int, 
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        llm_int8_skip_modules=sorted(set(matrices) - set(_quantized(matrices))) or ["lm_head"],
+        # A tied head has no tensor of its own.
+        llm_int8_skip_modules=sorted({"lm_head", *matrices} - set(_quantized(matrices))),
     )

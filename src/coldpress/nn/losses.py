@@ -8,7 +8,6 @@ carried along, a position bias of its own) does not agree, and is trained on pad
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from coldpress.data.packing import TokenSequence
 from coldpress.nn.batches import Form, MicroBatch, cut_step
 from coldpress.nn.cross_entropy import Head, head_loss
-from coldpress.nn.fused import fused_layers
+from coldpress.nn.fused import Fused, fused_layers
 from coldpress.nn.packed_attention import packed_attention
 
 __all__ = ["Loss", "loss_of"]
@@ -35,9 +34,15 @@ class Loss:
     """The loss of a micro-batch, as a sum over what carries loss."""
 
     form: Form
-    fused: Counter[str] = field(default_factory=Counter)
-    """Layers that were replaced by faster ones, by kind."""
+    fused: Fused = field(default_factory=Fused)
+    """Layers that were replaced by faster ones."""
     _prepare: Callable[[MicroBatch], None] = lambda micro: None
+
+    def own_types(self, model: torch.nn.Module) -> bool:
+        """Whether every product has the type of the frozen weights by itself, so that autocast has nothing to do."""
+        trained = {id(one) for one in model.parameters() if one.requires_grad}
+        frozen = {one.dtype for one in model.parameters() if not one.requires_grad and one.is_floating_point()}
+        return trained <= self.fused.trained and len(frozen) == 1
 
     def __call__(self, model: Any, micro: MicroBatch) -> torch.Tensor:
         """Float32 scalar. `model` may be wrapped."""

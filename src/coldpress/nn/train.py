@@ -168,6 +168,9 @@ def train(
     ):
         if loss.form == "padded":
             emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
+        if loss.own_types(model) and checked.bf16:
+            # Nothing is left for autocast to cast, and each of its casts costs time.
+            checked.bf16, checked.mixed_precision = False, "no"
         how = batching or Batching()
         trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
         for reporter in reporters:
@@ -198,7 +201,7 @@ def train(
         tokens_per_second=(watch.tokens - before) / max(seconds, 1e-9),
         best_step=trainer.handed_over,
         form=loss.form,
-        fused=dict(loss.fused),
+        fused=dict(loss.fused.counts),
     )
 
 
@@ -223,7 +226,8 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
     given.pop("logging_dir", None)
     given["report_to"] = "none"  # see reporters.py
     try:
-        checked = transformers.TrainingArguments(**{**ours, **given}, per_device_train_batch_size=rows)
+        with imports.quiet_renames():
+            checked = transformers.TrainingArguments(**{**ours, **given}, per_device_train_batch_size=rows)
     except (TypeError, ValueError, ImportError) as error:
         raise TrainingError(f"training_args: {error}", hint="see Transformers' TrainingArguments") from error
     checked._n_gpu = min(checked.n_gpu, 1)  # several devices are several processes here, never DataParallel
@@ -232,12 +236,13 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
 
 def _evaluation_defaults(given: Mapping[str, Any], held_out: Any, rows: int, count: int) -> dict[str, Any]:
     """Ten evaluations a training, where there is held-out data and the config does not say when."""
-    if held_out is None or given.get("eval_strategy") is not None:
+    strategy = given.get("eval_strategy") or "steps"
+    if held_out is None or strategy != "steps" or given.get("eval_steps") is not None:
         return {}
     steps = int(given.get("max_steps") or -1)
     if steps <= 0:
         steps = math.ceil(math.ceil(count / rows) * float(given.get("num_train_epochs") or 3))
-    return {"eval_strategy": "steps", "eval_steps": given.get("eval_steps") or max(1, math.ceil(steps / 10))}
+    return {"eval_strategy": "steps", "eval_steps": max(1, math.ceil(steps / 10))}
 
 
 def _autocast_type(model: Any, arguments: Any) -> Any:

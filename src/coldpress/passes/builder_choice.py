@@ -162,6 +162,9 @@ def _lora_modules(
     if config.adapter == "merge":
         odd = config.adapter_modules is not None
         return frozenset(), ["adapter_modules is for adapter: inputs; leave it out, or say so"] if odd else []
+    if adapter is not None and adapter.kind != "LoRA":
+        reason = f"the adapter holds more than LoRA on linear layers: {adapter.kind}; leave adapter: inputs out"
+        return frozenset(), [reason]
     modules = config.adapter_modules
     if modules is None:
         modules = () if adapter is None else adapter.target_modules

@@ -10,18 +10,18 @@ model that no training step has seen.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from coldpress.artifacts.adapter import AdapterWeights, MergedTensors
+from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_inputs import copy_adapter, lora_inputs
-from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, read_json
+from coldpress.artifacts.adapter_merged import MergedTensors
+from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, is_tied
+from coldpress.artifacts.checkpoint_files import copy_configs
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.tensors import TensorInfo, TensorSource, numpy_dtype, write_safetensors
 from coldpress.config.schema import Frozen
@@ -106,7 +106,7 @@ class MergeAdapterWeights:
             write_safetensors(ctx.output / "model.safetensors", merge.tensors(), {"format": "pt"})
         quantization = None if original else model.base_quantization
         _report(merge, len(decoder_linears(spec.linear_layers())), quantization, ctx)
-        _copy_configs(model.model, ctx.output)
+        copy_configs(model.model, ctx.output)
         copy_tokenizer(model.tokenizer_path, ctx.output)
         if model.tokenizer_path != model.model:
             copy_tokenizer(model.model, ctx.output)
@@ -122,11 +122,10 @@ def open_merged(
     """
     spec = model.describe()
     quantization = None if original else model.base_quantization
-    head = any(tensor.name.endswith("lm_head.weight") for tensor in spec.tensors)
     return MergedTensors(
         base,
         adapter,
-        tied=bool(spec.config.get("tie_word_embeddings", not head)),
+        tied=is_tied(spec.config, spec.tensors),
         quantization=quantization,
         four_bits=() if quantization is None else four_bit_names(spec.linear_layers()),
         added=added,
@@ -207,14 +206,3 @@ def _report(merge: _Merge, layers: int, quantization: BaseQuantization | None, c
     if quantization is not None:
         text += f"; the base is the {quantization.quant_type} weights it was trained on, dequantized"
     ctx.emit(Message("info" if changed else "warning", text if changed else text + ": it was not trained", ctx.step))
-
-
-def _copy_configs(source: Path, target: Path) -> None:
-    """`config.json` and what else describes the model; code of its own comes along."""
-    for path in sorted(source.glob("*")):
-        known = path.name in ("config.json", "generation_config.json") or path.suffix == ".py"
-        if path.is_file() and known:
-            shutil.copyfile(path, target / path.name)
-    config = read_json(target / "config.json")
-    if config.pop("quantization_config", None) is not None:
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from coldpress.passes.base import Context
 
 if TYPE_CHECKING:
-    from coldpress.passes.lora import LoRAConfig
+    from coldpress.passes.training_config import TrainingConfig
 
 __all__ = ["optimizer_on_cpu", "training_arguments"]
 
@@ -19,7 +19,7 @@ def optimizer_on_cpu(name: str) -> str:
     return {"paged_ademamix_32bit": "ademamix"}.get(name, name.removeprefix("paged_"))
 
 
-def training_arguments(config: LoRAConfig, ctx: Context) -> tuple[dict[str, Any], list[str]]:
+def training_arguments(config: TrainingConfig, ctx: Context) -> tuple[dict[str, Any], list[str]]:
     """Transformers' TrainingArguments: the config's, over what follows from the machine."""
     on_gpu = ctx.accelerator.device == "gpu"
     given = {name: value for name, value in config.training_args.items() if name != "output_dir"}

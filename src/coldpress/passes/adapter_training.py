@@ -1,0 +1,206 @@
+"""What the adapter passes have in common: plan and run around PEFT's settings of one kind.
+
+The result is the base model by reference, plus `adapter/`: PEFT's files, the tokenizer, and `training.json` with the
+loss of every step, the arguments and what was trained. Where the frozen layers are held in 4 bits while training, the
+artifact records how, so that a merge can add the adapter to the very weights it was trained on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
+from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
+from coldpress.errors import PlanError
+from coldpress.hardware import Hardware
+from coldpress.nn.adapted import begins_with_base, put_adapter_on, save_adapter, starting_products, take_adapter_up
+from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.passes.adapter_continued import continued, refuse_other_settings
+from coldpress.passes.adapter_settings import Adaptation, trained_parameters
+from coldpress.passes.base import Context, Limits, PlanContext, Planned
+from coldpress.passes.fine_tuning import (
+    computes_in,
+    prepared_data,
+    refuse_untrainable,
+    require_packages,
+    sequence_length,
+    train_model,
+    training_notes,
+)
+from coldpress.passes.training_arguments import training_arguments
+from coldpress.passes.training_config import AdapterConfig
+from coldpress.passes.training_estimate import TrainingMemory, size_of, training_estimate, training_memory
+from coldpress.passes.training_record import document_training
+
+__all__ = ["AdapterTraining"]
+
+DEFAULT_SEED = 42
+"""Transformers' own."""
+
+
+class AdapterTraining:
+    """Base of the adapter passes; each says what it makes (`fresh`) and how the base is held (`quantization`)."""
+
+    Config: ClassVar[type[AdapterConfig]] = AdapterConfig
+    version: ClassVar[int] = 2
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+    preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
+    needs_torch: ClassVar[bool] = True
+
+    peft_type: ClassVar[str] = "LORA"
+
+    def fresh(self, config: Any, spec: Spec) -> Adaptation:
+        """A new adapter to train; raises PlanError."""
+        raise NotImplementedError
+
+    def adaptation(self, config: Any, spec: Spec) -> Adaptation:
+        """The adapter to train: a new one, or that of the model; raises PlanError."""
+        return self.fresh(config, spec) if spec.adapter is None else continued(config, spec, self.peft_type)
+
+    def quantization(self, config: Any, spec: Spec) -> BaseQuantization | None:
+        """How the frozen layers are held; None is as they are. Raises PlanError."""
+        if spec.base_quantization is not None:
+            raise PlanError(
+                f"the model's adapter was trained on {spec.base_quantization.quant_type} weights",
+                hint="go on with it in QLoRA, or put MergeAdapterWeights before this step",
+            )
+        return None
+
+    def plan(self, config: Any, spec: Spec, env: PlanContext) -> Planned:
+        require_packages(type(self).__name__, self.libraries)
+        refuse_untrainable(config, spec, env)
+        adaptation = self.adaptation(config, spec)
+        if adaptation.goes_on:
+            self.refuse_other(config, spec)
+        quantization = self.quantization(config, spec)
+        if quantization is not None and spec.packings:
+            raise PlanError(
+                "the model is quantized already, so it cannot be held in 4 bits of bitsandbytes",
+                hint="take the unquantized model, or train a plain LoRA adapter",
+            )
+        length, notes = sequence_length(config, spec, env)
+        notes = (*adaptation.notes, *notes, *training_notes(config, env), *self.notes(config, spec))
+        planned = Spec(
+            kind="checkpoint",
+            config=spec.config,
+            tensors=spec.tensors,
+            precision=spec.precision,
+            adapter=adaptation.result,
+            base_quantization=quantization if self.recorded(config) else None,
+        )
+        memory = self.memory(config, adaptation, quantization, spec, env.hardware, env.accelerator.device)
+        name = env.data(config.train_data_config).name
+        written = 4 * trained_parameters(adaptation, spec)
+        return Planned(planned, training_estimate(config, spec, env, memory, length, name, written=written), notes)
+
+    def memory(
+        self,
+        config: Any,
+        adaptation: Adaptation,
+        quantization: BaseQuantization | None,
+        spec: Spec,
+        hardware: Hardware,
+        device: str,
+    ) -> TrainingMemory:
+        layers = max(1, size_of(spec, "num_hidden_layers", 1))
+        return training_memory(
+            config,
+            spec,
+            hardware,
+            device,
+            trained=trained_parameters(adaptation, spec),
+            quantization=quantization,
+            rank=sum(adaptation.ranks.values()) // layers,
+        )
+
+    def refuse_other(self, config: Any, spec: Spec) -> None:
+        """Raise PlanError for what is given and differs from the adapter that the model has."""
+        refuse_other_settings(config, spec)
+
+    def notes(self, config: Any, spec: Spec) -> tuple[str, ...]:
+        """More that is worth telling before the run; raises PlanError."""
+        return ()
+
+    def recorded(self, config: Any) -> bool:
+        """Whether the artifact says how the base was held."""
+        return True
+
+    def limits(self, config: Any, spec: Spec) -> Limits | None:
+        return None  # training changes the model on purpose
+
+    def run(self, config: Any, model: Artifact, ctx: Context) -> Artifact:
+        from coldpress.nn import imports
+
+        spec = model.describe()
+        adaptation, quantization = self.adaptation(config, spec), self.quantization(config, spec)
+        tokenizer = Tokenizer.load(model.tokenizer_path)
+        prepared = prepared_data(config, spec, tokenizer, ctx)
+        optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
+        imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
+        folder = self.base_folder(config, adaptation, model, ctx)
+        base = self.loaded(config, quantization, folder, ctx)
+        start = None
+        if adaptation.goes_on:
+            assert model.adapter is not None
+            adapted = take_adapter_up(base, model.adapter, adaptation.settings)
+        else:
+            seed = config.training_args.get("seed")
+            adapted = put_adapter_on(
+                base, adaptation.peft_type, adaptation.settings, DEFAULT_SEED if seed is None else int(seed)
+            )
+            self.begin(config, adaptation, adapted, model, ctx)
+            start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
+        memory = self.memory(config, adaptation, quantization, spec, ctx.hardware, ctx.accelerator.device)
+        record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
+        adapter = ctx.output / "adapter"
+        own = os.path.relpath(folder, adapter) if folder.is_relative_to(ctx.output) else str(folder)
+        settings = {**adaptation.saved, "base_model_name_or_path": own}
+        save_adapter(adapted, adapter, adaptation.targets.peft, settings=settings, start=start)
+        copy_tokenizer(model.tokenizer_path, adapter)
+        went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
+        document_training(
+            adapter,
+            {**record, **went_on},
+            method=type(self).__name__,
+            config=config,
+            arguments=record["arguments"],
+            prepared=prepared,
+            model=model,
+            ctx=ctx,
+        )
+        return Artifact(
+            path=ctx.output,
+            kind="checkpoint",
+            model=folder,
+            adapter=adapter,
+            tokenizer=adapter,
+            base_quantization=quantization if self.recorded(config) else None,
+        )
+
+    def base_folder(self, config: Any, adaptation: Adaptation, model: Artifact, ctx: Context) -> Path:
+        """Where the base lies that is trained on."""
+        return model.model
+
+    def begin(self, config: Any, adaptation: Adaptation, adapted: Any, model: Artifact, ctx: Context) -> None:
+        """Give a fresh adapter other first values than PEFT did."""
+
+    def loaded(self, config: Any, quantization: BaseQuantization | None, folder: Path, ctx: Context) -> Any:
+        """The base model, to be frozen."""
+        import torch
+
+        from coldpress.nn.loading import four_bit_layers, load_model
+
+        dtype, slow_bf16 = computes_in(config, ctx)
+        base = load_model(
+            folder,
+            dtype=dtype if quantization is None else quantization.compute_dtype,
+            trust_remote_code=ctx.trust_remote_code,
+            quantization=quantization,
+            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+        )
+        if quantization is not None and slow_bf16:
+            for layer in four_bit_layers(base).values():
+                layer.compute_dtype = torch.float32
+        return base

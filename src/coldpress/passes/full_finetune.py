@@ -1,0 +1,147 @@
+"""Full fine-tuning: train all weights of a model, or a part of them, and write a whole checkpoint.
+
+What is trained is held in float32 with AdamW's two moments and a gradient: 16 bytes a number, beside 2 for the bf16
+copy that a step computes with. The checkpoint is written in the types of the one that came in.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+from coldpress.artifacts.base import Artifact, Spec
+from coldpress.artifacts.checkpoint_files import copy_configs
+from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
+from coldpress.errors import PlanError
+from coldpress.events import Progress
+from coldpress.hardware import Hardware
+from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.nn.trained_part import trained_part
+from coldpress.passes.base import Context, Limits, PlanContext, Planned
+from coldpress.passes.fine_tuning import (
+    computes_in,
+    prepared_data,
+    refuse_untrainable,
+    require_packages,
+    sequence_length,
+    train_model,
+    training_notes,
+)
+from coldpress.passes.training_arguments import training_arguments
+from coldpress.passes.training_config import TrainingConfig
+from coldpress.passes.training_estimate import TrainingMemory, training_estimate, training_memory
+from coldpress.passes.training_record import document_training
+
+__all__ = ["FullFinetune", "FullFinetuneConfig"]
+
+SHARD_BYTES = 5_000_000_000
+"""Of a file of the checkpoint, as Transformers once divided it; tools of every kind read that."""
+
+
+class FullFinetuneConfig(TrainingConfig):
+    """Parameters of FullFinetune."""
+
+    trainable_modules: tuple[str, ...] | None = None
+    """Parts to train: names of modules (mlp, layers.31, norm), or regular expressions for whole names; null is all."""
+    freeze: tuple[str, ...] | None = None
+    """Parts of these to leave as they are, named the same way."""
+
+
+class FullFinetune:
+    """Train the weights of a model itself, and write a whole checkpoint."""
+
+    Config: ClassVar[type[FullFinetuneConfig]] = FullFinetuneConfig
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate", "tokenizers")
+    preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
+    needs_torch: ClassVar[bool] = True
+
+    def plan(self, config: FullFinetuneConfig, spec: Spec, env: PlanContext) -> Planned:
+        require_packages(type(self).__name__, self.libraries)
+        refuse_untrainable(config, spec, env)
+        if spec.adapter is not None:
+            raise PlanError(
+                "the model has an adapter, and full fine-tuning trains the weights below it",
+                hint="put MergeAdapterWeights before this step",
+            )
+        if spec.packings:
+            raise PlanError(
+                f"the model is quantized ({len(spec.packings)} matrices), and such weights cannot be trained",
+                hint="take the unquantized model; or LoRA, which leaves it as it is",
+            )
+        trained = set(trained_part((tensor.name for tensor in spec.tensors), config.trainable_modules, config.freeze))
+        count = sum(math.prod(tensor.shape) for tensor in spec.tensors if tensor.name in trained)
+        length, notes = sequence_length(config, spec, env)
+        notes += training_notes(config, env)
+        if count < spec.parameters:
+            notes += (f"trains {count:,} of {spec.parameters:,} parameters",)
+        planned = Spec(kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision)
+        memory = self.memory(config, spec, env.hardware, env.accelerator.device, count)
+        name = env.data(config.train_data_config).name
+        estimate = training_estimate(config, spec, env, memory, length, name, written=4 * count)
+        return Planned(planned, estimate, notes)
+
+    def memory(
+        self, config: FullFinetuneConfig, spec: Spec, hardware: Hardware, device: str, count: int
+    ) -> TrainingMemory:
+        """Where `count` weights train, in float32."""
+        return training_memory(
+            config, spec, hardware, device, trained=count, quantization=None, whole=count == spec.parameters
+        )
+
+    def limits(self, config: FullFinetuneConfig, spec: Spec) -> Limits | None:
+        return None  # training changes the model on purpose
+
+    def run(self, config: FullFinetuneConfig, model: Artifact, ctx: Context) -> Artifact:
+        from coldpress.nn import imports
+
+        spec = model.describe()
+        tokenizer = Tokenizer.load(model.tokenizer_path)
+        prepared = prepared_data(config, spec, tokenizer, ctx)
+        optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
+        imports.load_training(quantized=needs_bitsandbytes(optimizer))
+        loaded = _loaded(config, spec, model.model, ctx)
+        count = sum(one.numel() for one in loaded.parameters() if one.requires_grad)
+        memory = self.memory(config, spec, ctx.hardware, ctx.accelerator.device, count)
+        record = train_model(config, loaded, prepared, tokenizer, memory, ctx)
+        from coldpress.nn.whole_model import write_checkpoint
+
+        write_checkpoint(
+            loaded,
+            model.model,
+            ctx.output,
+            shard_bytes=SHARD_BYTES,
+            on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
+        )
+        copy_configs(model.model, ctx.output)
+        for folder in dict.fromkeys((model.tokenizer_path, model.model)):
+            copy_tokenizer(folder, ctx.output)
+        document_training(
+            ctx.output,
+            record,
+            method=type(self).__name__,
+            config=config,
+            arguments=record["arguments"],
+            prepared=prepared,
+            model=model,
+            ctx=ctx,
+        )
+        return Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
+
+
+def _loaded(config: FullFinetuneConfig, spec: Spec, folder: Path, ctx: Context) -> Any:
+    """The model with what trains in float32 and the rest frozen."""
+    from coldpress.nn.loading import load_model
+    from coldpress.nn.whole_model import check_names, train_only
+
+    loaded = load_model(
+        folder,
+        dtype="float32",  # no bit of what is trained is lost
+        trust_remote_code=ctx.trust_remote_code,
+        device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+    )
+    check_names(loaded, spec.tensors, folder)
+    names = [name for name, _ in loaded.named_parameters()]
+    train_only(loaded, set(trained_part(names, config.trainable_modules, config.freeze)), computes_in(config, ctx)[0])
+    return loaded
