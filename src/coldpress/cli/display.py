@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -209,6 +210,7 @@ def _text(event: Event, width: int) -> str | None:
     if isinstance(event, StepFailed):
         return f"{event.step:{width}s}  {click.style('failed', fg='red')}  {event.kind}"
     if isinstance(event, RunFinished):
-        margin = " " * (width + 2)
-        return f"{margin}model  {event.output}\n{margin}record {event.record}\n{margin}total  {duration(event.seconds)}"
+        from coldpress.cli.ending import ending
+
+        return "\n".join(["", *ending(Path(event.record))])
     return None

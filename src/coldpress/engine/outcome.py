@@ -81,7 +81,7 @@ class Outcome:
         return folder / RECORD_FILE
 
     def write_failure(self, error: ColdpressError, step: str | None) -> Path:
-        """Write what was done and why it ended."""
+        """Write what was done and why it ended; returns the page that says so."""
         folder = self.plan.output_dir
         refused = next((one for one in reversed(self.parities) if one.step == step and not one.passed), None)
         with disk_errors(folder):
@@ -100,8 +100,7 @@ class Outcome:
                 }
             )
             write_json(folder / FAILED_FILE, to_json(record))
-            write_report(record, folder)
-        return folder / FAILED_FILE
+            return write_report(record, folder)
 
     # -- parts of the record ------------------------------------------------------------------------------------------
 

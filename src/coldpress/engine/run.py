@@ -172,7 +172,7 @@ class _Session:
     def failed(self, error: ColdpressError) -> None:
         """Leave a record of what was done and why it ended, where the disk still takes one."""
         with contextlib.suppress(StoreError):
-            self._outcome().write_failure(error, self.under_way)
+            self.say(f"what was done, and why it ended: {self._outcome().write_failure(error, self.under_way)}")
 
     def _forget(self) -> None:
         for step in self.plan.steps:
