@@ -108,8 +108,10 @@ class ScoreMeasured:
     model: str
     metric: str
     value: float
-    standard_error: float
+    standard_error: float | None
+    """None where there is nothing to estimate it from."""
     n: int
+    """What it was measured on: records, tokens, repeats."""
     cached: bool = False
     unit: str = ""
     """share, bytes, ms ...; empty for a bare number."""

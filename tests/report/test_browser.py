@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,10 @@ from report.test_page import HOSTILE, hostile
 
 pytestmark = [
     pytest.mark.xdist_group("tiny_run"),
-    pytest.mark.skipif(chromium_program() is None, reason="needs Chromium (apt-get install chromium)"),
+    pytest.mark.skipif(
+        os.name != "posix" or chromium_program() is None,
+        reason="needs Chromium (apt-get install chromium), and pipes as on POSIX",
+    ),
 ]
 
 WIDER_THAN_THEIR_PLACE = """

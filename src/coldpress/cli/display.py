@@ -198,7 +198,7 @@ def _text(event: Event, width: int) -> str | None:
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""
         return (
             f"{event.model:{width}s}  {event.metric} {quantity(event.value, event.unit)} "
-            f"{spread(event.standard_error, event.unit)} ({event.n} records){cached}"
+            f"{spread(event.standard_error, event.unit)} (n = {event.n:,}){cached}"
         )
     if isinstance(event, Message):
         if event.level == "debug":
