@@ -288,6 +288,7 @@ def _trainer(
         records=batching.records,
         pad_id=pad_id,
         padding_side=padding_side,
+        apart=loss.apart,
     )
     if batching.checkpointing is not None:
         arguments.gradient_checkpointing = batching.checkpointing
