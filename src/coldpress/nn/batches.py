@@ -21,7 +21,7 @@ import torch
 from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.nn.packed_attention import Segments, segments_of
 
-__all__ = ["Form", "MicroBatch", "StepBatch", "cut_step"]
+__all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
 
 ROUNDING = 32
 """A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
@@ -97,6 +97,11 @@ def cut_step(
         own = found[run.start : run.stop]
         micro.append(_packed(own, pad_id) if form == "packed" else _padded(own, pad_id, padding_side, form))
     return StepBatch(tuple(index for index, _ in rows), tuple(micro))
+
+
+def idle(step: StepBatch) -> StepBatch:
+    """The same at weight 0: for a process that has no row in a step that others have rows in."""
+    return StepBatch((), tuple(MicroBatch(one.inputs, one.segments, 0, 0) for one in step.micro))
 
 
 def _by_length(record: _Record) -> int:

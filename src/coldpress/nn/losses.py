@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,13 +150,23 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
         **_: Any,
     ) -> torch.Tensor:
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return head_loss(head, _Rows.apply(out.last_hidden_state[0], loss_rows), loss_targets)
+        return head.module(_Rows.apply(out.last_hidden_state[0], loss_rows), loss_targets)
 
-    causal.forward = forward
+    # The head makes the loss in its own forward pass: FSDP gathers a module's weights for as long as that lasts.
+    module, before = head.module, head.module.__dict__.get("forward")
+    product = module.forward
+    head = replace(head, product=product)
+
+    def head_forward(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return product(hidden) if targets is None else head_loss(head, hidden, targets)
+
+    causal.forward, module.forward = forward, head_forward
     try:
         yield
     finally:
-        del causal.forward
+        del causal.forward, module.forward
+        if before is not None:
+            module.forward = before
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]
