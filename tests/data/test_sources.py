@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coldpress.config.schema import DataConfig, LoadDataset
 from coldpress.data.sources import files_of, read_records
@@ -234,7 +237,7 @@ def test_csv_rows_have_their_lines(tmp_path: Path) -> None:
     ("content", "what", "hint"),
     [
         (b"a,a\n1,2\n", "several columns called 'a'", "own name"),
-        ("text\ncaf\xe9\n".encode("latin-1"), "invalid UTF8", "UTF-8"),
+        ("text\ncaf\xe9\n".encode("latin-1"), "is not UTF-8 text: .* at byte 8", "iconv"),
         (b"a,b\n1,2\n3\n", "Row #3: Expected 2 columns", "as many fields"),
         (b"a,b\n", "holds no rows", "right file"),
     ],
@@ -250,3 +253,24 @@ def test_suffixes_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "test.tsv").write_text("text\nb\n")
     for split, text in (("train", "a"), ("test", "b")):
         assert read_records(config(data_name=str(tmp_path), split=split)).rows[0]["text"] == text
+
+
+PIECES = st.sampled_from(
+    ['{"a": 1}', "[", "]", "{", "}", ",", "\n", "\r\n", '"', "\ufeff", "\0", "é", "a", ";", "\t", "1"]
+)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "text"])
+def test_any_file_gives_rows_or_our_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows"
+
+    @given(st.lists(PIECES, max_size=12).map(lambda parts: "".join(parts).encode()) | st.binary(max_size=40))
+    @hypothesis.settings(max_examples=400, deadline=None)
+    def check(content: bytes) -> None:
+        try:
+            rows = rows_of(path, content, kind)
+        except DataError as error:
+            rows = [{}] if error.hint else []
+        assert rows, "neither a row nor a hint"
+
+    check()

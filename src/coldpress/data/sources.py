@@ -223,13 +223,18 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        wide = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
-        raise DataError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
-            hint="it is UTF-16: save it as UTF-8" if wide else "save it as UTF-8, for example with iconv",
-        ) from error
+        raise _not_utf8(path, error) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    with path.open("rb") as stream:
+        wide = stream.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    return DataError(
+        f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
+        hint="it is UTF-16: save it as UTF-8" if wide else "save it as UTF-8, for example with iconv",
+    )
 
 
 def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
@@ -338,9 +343,9 @@ def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
             convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, string())),
         )
     except ArrowInvalid as error:
-        hint = "every row needs as many fields as the header; quote fields that hold commas or line breaks"
         raise DataError(
-            f"{path} is not valid CSV: {error}", hint="save it as UTF-8" if "UTF8" in str(error) else hint
+            f"{path} is not valid CSV: {error}",
+            hint="every row needs as many fields as the header; quote fields that hold commas or line breaks",
         ) from error
     rows = table.to_pylist()
     one_each = lines == len(rows) + 1
@@ -351,21 +356,23 @@ def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
 def _csv_header(path: Path) -> tuple[list[str], str, int]:
     """Column names, the character between fields, and the number of lines."""
     import csv
+    import io
 
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        first = stream.readline()
-        lines = 1 + sum(1 for line in stream if line.strip())
+    text = _read_text(path)
+    first = text.split("\n", 1)[0]
     delimiter = next((sign for sign in ",;\t" if sign in first), ",")
     if path.suffix == ".tsv":
         delimiter = "\t"
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        names = next(csv.reader(stream, delimiter=delimiter), [])
+    try:
+        names = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: not a header of columns: {error}", hint="is it a CSV file?") from error
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(
             f"{path} has several columns called {', '.join(map(repr, twice))}", hint="give each column its own name"
         )
-    return names, delimiter, lines
+    return names, delimiter, sum(1 for line in text.split("\n") if line.strip())
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Row, str]]:

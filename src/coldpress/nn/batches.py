@@ -21,7 +21,7 @@ import torch
 from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.nn.packed_attention import Segments, segments_of
 
-__all__ = ["Form", "MicroBatch", "StepBatch", "cut_step"]
+__all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
 
 ROUNDING = 32
 """A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
@@ -80,10 +80,11 @@ def cut_step(
     records: int | None = None,
     pad_id: int = 0,
     padding_side: str = "right",
+    apart: int | None = None,
 ) -> StepBatch:
     """Micro-batches of at most `tokens` tokens (padding counted) and at most `records` records each.
 
-    A record longer than that is a micro-batch of its own. A step in which no token carries loss has none.
+    A record longer than `tokens` is a micro-batch of its own. A step in which no token carries loss has none.
     """
     found = [record for _, sequence in rows for record in _records(sequence)]
     if form != "classes":
@@ -92,10 +93,15 @@ def cut_step(
         found = useful or [max(found, key=_by_length)]
     found.sort(key=_by_length)
     micro = []
-    for run in _runs([len(one.ids) for one in found], tokens, records, padded=form != "packed"):
+    for run in _runs([len(one.ids) for one in found], tokens, records, apart, padded=form != "packed"):
         own = found[run.start : run.stop]
         micro.append(_packed(own, pad_id) if form == "packed" else _padded(own, pad_id, padding_side, form))
     return StepBatch(tuple(index for index, _ in rows), tuple(micro))
+
+
+def idle(step: StepBatch) -> StepBatch:
+    """The same at weight 0: for a process that has no row in a step that others have rows in."""
+    return StepBatch((), tuple(MicroBatch(one.inputs, one.segments, 0, 0) for one in step.micro))
 
 
 def _by_length(record: _Record) -> int:
@@ -113,12 +119,16 @@ def _records(sequence: TokenSequence) -> Iterator[_Record]:
         start = stop
 
 
-def _runs(lengths: Sequence[int], tokens: int, records: int | None, *, padded: bool) -> Iterator[range]:
+def _runs(
+    lengths: Sequence[int], tokens: int, records: int | None, apart: int | None, *, padded: bool
+) -> Iterator[range]:
+    """Records `apart` or shorter share no run with longer ones."""
     start = held = 0
     for place, length in enumerate(lengths):
         size = lengths[start] * (place - start + 1) if padded else held + length
         full = records is not None and place - start == records
-        if place > start and (size > tokens or full):
+        crosses = apart is not None and length <= apart < lengths[start]
+        if place > start and (size > tokens or full or crosses):
             yield range(start, place)
             start, held = place, 0
         held += length

@@ -40,10 +40,12 @@ class Head:
     """c of c tanh(z / c)."""
     scale: float = 1.0
     """The logits are multiplied by it, before the softcap."""
+    product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What `module` computes, where its forward pass was replaced."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, d] -> [n, V]."""
-        found: torch.Tensor = self.module(hidden)
+        found: torch.Tensor = (self.product or self.module)(hidden)
         if self.scale != 1.0:
             found = found * self.scale
         if self.softcap is not None:
@@ -54,8 +56,10 @@ class Head:
     def plain(self) -> torch.nn.Linear | None:
         """The frozen linear layer itself, where there is nothing else to it."""
         module = self.module
-        simple = type(module) is torch.nn.Linear and module.bias is None and not module._forward_hooks
+        # By its forward pass, since FSDP gives each module a class of its own.
+        simple = getattr(type(module), "forward", None) is torch.nn.Linear.forward and module.bias is None
         if simple and not module.weight.requires_grad and self.softcap is None and self.scale == 1.0:
+            assert isinstance(module, torch.nn.Linear)
             return module
         return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Loss:
     form: Form
     fused: Fused = field(default_factory=Fused)
     """Layers that were replaced by faster ones."""
+    apart: int | None = None
+    """Records longer than this share no micro-batch with shorter ones: longrope's factors change at this length, for
+    all that is computed at once."""
     _prepare: Callable[[MicroBatch], None] = lambda micro: None
 
     def own_types(self, model: torch.nn.Module) -> bool:
@@ -73,7 +76,8 @@ def loss_of(model: Any, sequences: Sequence[TokenSequence], *, autocast: torch.d
     with ExitStack() as stack:
         fused = stack.enter_context(fused_layers(model))
         packed = _try_packed(model, causal, sample, expected, autocast, stack) if expected is not None else None
-        yield Loss("padded", fused) if packed is None else Loss("packed", fused, packed)
+        apart = _rope_switch(causal.config)
+        yield Loss("padded", fused, apart) if packed is None else Loss("packed", fused, apart, packed)
 
 
 def _short(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
@@ -146,13 +150,23 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
         **_: Any,
     ) -> torch.Tensor:
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return head_loss(head, _Rows.apply(out.last_hidden_state[0], loss_rows), loss_targets)
+        return head.module(_Rows.apply(out.last_hidden_state[0], loss_rows), loss_targets)
 
-    causal.forward = forward
+    # The head makes the loss in its own forward pass: FSDP gathers a module's weights for as long as that lasts.
+    module, before = head.module, head.module.__dict__.get("forward")
+    product = module.forward
+    head = replace(head, product=product)
+
+    def head_forward(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return product(hidden) if targets is None else head_loss(head, hidden, targets)
+
+    causal.forward, module.forward = forward, head_forward
     try:
         yield
     finally:
-        del causal.forward
+        del causal.forward, module.forward
+        if before is not None:
+            module.forward = before
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]
@@ -179,6 +193,16 @@ def _head_of(causal: Any) -> Head | None:
     divided = getattr(config, "logits_scaling", None)
     scale = getattr(config, "logit_scale", None) or (1.0 / divided if divided else 1.0)
     return Head(module, getattr(config, "final_logit_softcapping", None), float(scale))
+
+
+def _rope_switch(config: Any) -> int | None:
+    """Length at which a longrope model changes its factors."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if kind != "longrope":
+        return None
+    own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(own) if own else None
 
 
 @contextmanager

@@ -322,6 +322,6 @@ def _eager_of(model: Any) -> Kernel:
 
     for module in model.modules():
         found = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-        if found is not None and hasattr(module, "q_proj" if hasattr(module, "q_proj") else "o_proj"):
+        if found is not None and "Attention" in type(module).__name__:
             return found  # type: ignore[no-any-return]
     raise ValueError("the model has no eager attention function of Transformers' form")

@@ -134,14 +134,16 @@ def train(
     text of a training sequence, for messages. The services of `report_to` write into `logs` (default: in `work`).
     """
     imports.load_training(quantized=imports.needs_bitsandbytes(str(arguments.get("optim") or "")))
+    from coldpress.nn import ranks
     from coldpress.nn.losses import loss_of
 
     folder = work / "checkpoints"
-    resume, broken = resume_point(folder, arguments.get("resume_from_checkpoint"))
-    for name in broken:
-        emit(Message("warning", f"{name} was cut short and is not used", step))
     stopping = stopping or Stopping()
     checked = _checked({**arguments, "resume_from_checkpoint": None}, folder, held_out, len(sequences))
+    # The ranks, if there are several, know each other from here on.
+    resume, broken = ranks.from_first(lambda: resume_point(folder, arguments.get("resume_from_checkpoint")))
+    for name in broken:
+        emit(Message("warning", f"{name} was cut short and is not used", step))
     watch = Watch(
         step,
         emit,
@@ -172,9 +174,12 @@ def train(
             # Nothing is left for autocast to cast, and each of its casts costs time.
             checked.bf16, checked.mixed_precision = False, "no"
         how = batching or Batching()
+        plain = ranks.PlainModel(model)
         trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
         for reporter in reporters:
             trainer.add_callback(reporter)
+        ranks.check_alike(form=loss.form, sequences=len(sequences), tokens=sum(len(one.ids) for one in sequences))
+        ranks.draw_apart(checked.seed)
         started, before = time.perf_counter(), watch.tokens
         watch.begin()
         try:
@@ -189,6 +194,7 @@ def train(
                 hint="its checkpoint is kept: the same command goes on from there",
             )
         trainer.finish(stopping.load_best)
+        plain.restore()
     if done == 0:
         raise TrainingError("not one training step was made", hint="check num_train_epochs, max_steps and the data")
     return TrainingReport(
@@ -278,7 +284,7 @@ def _trainer(
 ) -> Any:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from coldpress.nn.batches import cut_step
+    from coldpress.nn.batches import cut_step, idle
     from coldpress.nn.trainer import StepTrainer
 
     cut = functools.partial(
@@ -288,6 +294,7 @@ def _trainer(
         records=batching.records,
         pad_id=pad_id,
         padding_side=padding_side,
+        apart=loss.apart,
     )
     if batching.checkpointing is not None:
         arguments.gradient_checkpointing = batching.checkpointing
@@ -300,7 +307,9 @@ def _trainer(
             args=arguments,
             train_dataset=_Sequences(sequences),
             eval_dataset=None if held_out is None else _Sequences(held_out),
-            data_collator=lambda rows: cut([(one["index"], one["sequence"]) for one in rows]),
+            data_collator=lambda rows: (
+                cut([(one["index"], one["sequence"]) for one in rows]) if rows else idle(cut([(0, sequences[0])]))
+            ),
             watch=watch,
             loss=loss,
         )

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,8 @@ class Watch:
     timed: bool
     """Save by the clock, since the config does not say when."""
     describe: Callable[[int], str] = str
+    everyone: Callable[[Sequence[int]], Sequence[int]] = tuple
+    """From the rows of this process to those of all that train the model."""
     evaluations: Evaluations = field(default_factory=Evaluations)
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -162,7 +164,7 @@ class Watch:
 
     def _where(self) -> str:
         """The batch, in words: the first rows of it with their text."""
-        rows = list(self._rows)
+        rows = list(self.everyone(self._rows))
         named = ", ".join(str(row) for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         shown = f"; sequence {rows[0]} begins {self.describe(rows[0])!r}" if rows else ""
         return f"its batch is the training sequences {named}{shown}"

@@ -29,6 +29,7 @@ from coldpress.passes.fine_tuning import (
     train_model,
     training_notes,
 )
+from coldpress.passes.rehearsal import rehearse, require_disk
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import AdapterConfig
 from coldpress.passes.training_estimate import TrainingMemory, size_of, training_estimate, training_memory
@@ -48,8 +49,9 @@ class AdapterTraining:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
-
     peft_type: ClassVar[str] = "LORA"
+    starts_apart: ClassVar[bool] = False
+    """Whether `begin` gives the adapter a start that changes the base."""
 
     def fresh(self, config: Any, spec: Spec) -> Adaptation:
         """A new adapter to train; raises PlanError."""
@@ -152,11 +154,27 @@ class AdapterTraining:
             )
             self.begin(config, adaptation, adapted, model, ctx)
             start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
-        memory = self.memory(config, adaptation, quantization, spec, ctx.hardware, ctx.accelerator.device)
-        record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
         adapter = ctx.output / "adapter"
         own = os.path.relpath(folder, adapter) if folder.is_relative_to(ctx.output) else str(folder)
         settings = {**adaptation.saved, "base_model_name_or_path": own}
+        made = Artifact(
+            path=ctx.output,
+            kind="checkpoint",
+            model=folder,
+            adapter=adapter,
+            tokenizer=adapter,
+            base_quantization=quantization if self.recorded(config) else None,
+        )
+        require_disk(ctx.work, 4 * trained_parameters(adaptation, spec))
+        rehearse(
+            made,
+            adaptation.result,
+            lambda place: save_adapter(adapted, place, adaptation.targets.peft, settings=settings, start=start),
+            ctx.work,
+            begins_as_base=not self.starts_apart and adaptation.begins_as_base,
+        )
+        memory = self.memory(config, adaptation, quantization, spec, ctx.hardware, ctx.accelerator.device)
+        record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
         save_adapter(adapted, adapter, adaptation.targets.peft, settings=settings, start=start)
         copy_tokenizer(model.tokenizer_path, adapter)
         went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
@@ -170,14 +188,7 @@ class AdapterTraining:
             model=model,
             ctx=ctx,
         )
-        return Artifact(
-            path=ctx.output,
-            kind="checkpoint",
-            model=folder,
-            adapter=adapter,
-            tokenizer=adapter,
-            base_quantization=quantization if self.recorded(config) else None,
-        )
+        return made
 
     def base_folder(self, config: Any, adaptation: Adaptation, model: Artifact, ctx: Context) -> Path:
         """Where the base lies that is trained on."""

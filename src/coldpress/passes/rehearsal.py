@@ -7,6 +7,7 @@ never ends in a folder that nothing can read.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,25 +39,18 @@ def require_disk(folder: Path, trained_bytes: int) -> None:
 
 
 def rehearse(
-    base: Artifact, expected: AdapterSpec, save: Callable[[Path], object], work: Path, *, begins_as_base: bool
+    promised: Artifact, expected: AdapterSpec, save: Callable[[Path], object], work: Path, *, begins_as_base: bool
 ) -> None:
     """Save, read and merge the untrained adapter; raises what stands in the way.
 
-    `base` is the model that the adapter belongs to (with its base_quantization), `expected` what the plan promised.
+    `promised` is the artifact that the training is to make; its adapter need not be there. `expected`: as planned.
     """
     import numpy as np
 
     folder = work / "rehearsal"
     shutil.rmtree(folder, ignore_errors=True)
     save(folder)
-    made = Artifact(
-        path=work,
-        kind="checkpoint",
-        model=base.model,
-        adapter=folder,
-        tokenizer=base.tokenizer_path,
-        base_quantization=base.base_quantization,
-    )
+    made = dataclasses.replace(promised, path=work, adapter=folder)
     found = made.describe()
     if found.adapter != expected:
         raise StepError(
