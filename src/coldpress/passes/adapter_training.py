@@ -8,6 +8,7 @@ artifact records how, so that a merge can add the adapter to the very weights it
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +21,13 @@ from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.passes.adapter_continued import continued, refuse_other_settings
 from coldpress.passes.adapter_settings import Adaptation, trained_parameters
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
+from coldpress.passes.classification import as_trained, trained_config, write_config
 from coldpress.passes.fine_tuning import (
     computes_in,
     prepared_data,
     refuse_untrainable,
     require_packages,
+    seed_of,
     sequence_length,
     train_model,
     training_notes,
@@ -36,9 +39,6 @@ from coldpress.passes.training_estimate import TrainingMemory, size_of, training
 from coldpress.passes.training_record import document_training
 
 __all__ = ["AdapterTraining"]
-
-DEFAULT_SEED = 42
-"""Transformers' own."""
 
 
 class AdapterTraining:
@@ -59,6 +59,7 @@ class AdapterTraining:
 
     def adaptation(self, config: Any, spec: Spec) -> Adaptation:
         """The adapter to train: a new one, or that of the model; raises PlanError."""
+        spec = as_trained(spec)
         return self.fresh(config, spec) if spec.adapter is None else continued(config, spec, self.peft_type)
 
     def quantization(self, config: Any, spec: Spec) -> BaseQuantization | None:
@@ -91,10 +92,11 @@ class AdapterTraining:
             precision=spec.precision,
             adapter=adaptation.result,
             base_quantization=quantization if self.recorded(config) else None,
+            task=spec.task,
         )
-        memory = self.memory(config, adaptation, quantization, spec, env.hardware, env.accelerator.device)
+        memory = self.memory(config, adaptation, quantization, as_trained(spec), env.hardware, env.accelerator.device)
         name = env.data(config.train_data_config).name
-        written = 4 * trained_parameters(adaptation, spec)
+        written = 4 * trained_parameters(adaptation, as_trained(spec))
         return Planned(planned, training_estimate(config, spec, env, memory, length, name, written=written), notes)
 
     def memory(
@@ -119,7 +121,7 @@ class AdapterTraining:
 
     def refuse_other(self, config: Any, spec: Spec) -> None:
         """Raise PlanError for what is given and differs from the adapter that the model has."""
-        refuse_other_settings(config, spec)
+        refuse_other_settings(config, as_trained(spec))
 
     def notes(self, config: Any, spec: Spec) -> tuple[str, ...]:
         """More that is worth telling before the run; raises PlanError."""
@@ -142,16 +144,14 @@ class AdapterTraining:
         optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
         imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
         folder = self.base_folder(config, adaptation, model, ctx)
-        base = self.loaded(config, quantization, folder, ctx)
+        classifier = trained_config(spec, prepared, tokenizer)
+        base = self.loaded(config, quantization, folder, classifier, ctx)
         start = None
         if adaptation.goes_on:
             assert model.adapter is not None
             adapted = take_adapter_up(base, model.adapter, adaptation.settings)
         else:
-            seed = config.training_args.get("seed")
-            adapted = put_adapter_on(
-                base, adaptation.peft_type, adaptation.settings, DEFAULT_SEED if seed is None else int(seed)
-            )
+            adapted = put_adapter_on(base, adaptation.peft_type, adaptation.settings, seed_of(config))
             self.begin(config, adaptation, adapted, model, ctx)
             start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
         adapter = ctx.output / "adapter"
@@ -164,18 +164,26 @@ class AdapterTraining:
             adapter=adapter,
             tokenizer=adapter,
             base_quantization=quantization if self.recorded(config) else None,
+            task=model.task,
         )
-        require_disk(ctx.work, 4 * trained_parameters(adaptation, spec))
+
+        def save(place: Path) -> None:
+            save_adapter(adapted, place, adaptation.targets.peft, settings=settings, start=start)
+            if classifier is not None:
+                write_config(place, classifier)
+
+        sizes = as_trained(spec)
+        require_disk(ctx.work, 4 * trained_parameters(adaptation, sizes))
         rehearse(
             made,
             adaptation.result,
-            lambda place: save_adapter(adapted, place, adaptation.targets.peft, settings=settings, start=start),
+            save,
             ctx.work,
             begins_as_base=not self.starts_apart and adaptation.begins_as_base,
         )
-        memory = self.memory(config, adaptation, quantization, spec, ctx.hardware, ctx.accelerator.device)
+        memory = self.memory(config, adaptation, quantization, sizes, ctx.hardware, ctx.accelerator.device)
         record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
-        save_adapter(adapted, adapter, adaptation.targets.peft, settings=settings, start=start)
+        save(adapter)
         copy_tokenizer(model.tokenizer_path, adapter)
         went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
         document_training(
@@ -197,20 +205,30 @@ class AdapterTraining:
     def begin(self, config: Any, adaptation: Adaptation, adapted: Any, model: Artifact, ctx: Context) -> None:
         """Give a fresh adapter other first values than PEFT did."""
 
-    def loaded(self, config: Any, quantization: BaseQuantization | None, folder: Path, ctx: Context) -> Any:
+    def loaded(
+        self,
+        config: Any,
+        quantization: BaseQuantization | None,
+        folder: Path,
+        classifier: Mapping[str, Any] | None,
+        ctx: Context,
+    ) -> Any:
         """The base model, to be frozen."""
         import torch
 
         from coldpress.nn.loading import four_bit_layers, load_model
 
         dtype, slow_bf16 = computes_in(config, ctx)
-        base = load_model(
-            folder,
-            dtype=dtype if quantization is None else quantization.compute_dtype,
-            trust_remote_code=ctx.trust_remote_code,
-            quantization=quantization,
-            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
-        )
+        with torch.random.fork_rng(devices=[]):  # a classifier's head is drawn
+            torch.manual_seed(seed_of(config))
+            base = load_model(
+                folder,
+                dtype=dtype if quantization is None else quantization.compute_dtype,
+                trust_remote_code=ctx.trust_remote_code,
+                quantization=quantization,
+                device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+                classifier=classifier,
+            )
         if quantization is not None and slow_bf16:
             for layer in four_bit_layers(base).values():
                 layer.compute_dtype = torch.float32

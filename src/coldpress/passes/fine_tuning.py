@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coldpress.artifacts.base import Spec
+from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.config.schema import DataConfig
 from coldpress.data.prepare import Prepared, check_masks, clamp, prepare
 from coldpress.data.splits import split_seed
@@ -17,6 +18,7 @@ from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.nn.reporters import require_reporters
 from coldpress.nn.train import Batching
 from coldpress.passes.base import Context, PlanContext
+from coldpress.passes.classification import for_classifier, refuse_unclassifiable
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
 from coldpress.passes.training_estimate import TrainingMemory, choose_batching, free_memory, size_of
@@ -26,6 +28,7 @@ __all__ = [
     "prepared_data",
     "refuse_untrainable",
     "require_packages",
+    "seed_of",
     "sequence_length",
     "train_model",
     "training_notes",
@@ -72,8 +75,16 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
             hint="pip install 'coldpress[cpu]', or use adamw_torch",
         )
     pre = env.data(config.train_data_config).pre_process_data_config
-    if pre.completion_only_loss and pre.strategy.startswith("join"):
+    if spec.task == CLASSIFICATION:
+        refuse_unclassifiable(spec, pre)
+    elif pre.completion_only_loss and pre.strategy.startswith("join"):
         raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "pack"')
+
+
+def seed_of(config: TrainingConfig) -> int:
+    """Of what is drawn at random before the training; Transformers' own default where the config says none."""
+    seed = config.training_args.get("seed")
+    return 42 if seed is None else int(seed)
 
 
 def sequence_length(config: TrainingConfig, spec: Spec, env: PlanContext) -> tuple[int, tuple[str, ...]]:
@@ -114,19 +125,26 @@ def prepared_data(config: TrainingConfig, spec: Spec, tokenizer: Tokenizer, ctx:
     held_out: DataConfig | float | int | None = config.eval_dataset_size
     if config.eval_data_config is not None:
         held_out = ctx.data(config.eval_data_config)
+    classifies = spec.task == CLASSIFICATION
     prepared = prepare(
         ctx.data(config.train_data_config),
         tokenizer,
         context_length=spec.context_length,
         held_out=held_out,
         seed=split_seed(config.training_args),
+        classes=classifies,
     )
     for note in prepared.notes:
         ctx.emit(Message("warning", note, ctx.step))
     for fact in prepared.facts:
         ctx.emit(Message("info", fact, ctx.step))
+    if classifies:
+        prepared = for_classifier(prepared, spec, tokenizer)
     train, held = prepared.train, prepared.held_out
-    said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {train.loss_tokens} with loss"
+    with_loss = f"{train.loss_tokens} with loss"
+    if prepared.classes is not None:
+        with_loss = f"of {len(prepared.classes)} classes: {', '.join(prepared.classes[:8])}"
+    said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {with_loss}"
     if held is not None:
         said += f"; holds out {len(held.sequences)} sequences, {held.tokens} tokens"
     ctx.emit(Message("info", said, ctx.step))
