@@ -246,7 +246,7 @@ def _task(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     node = parent.members["task"]
     if node.value is None:
         del parent.members["task"]
-    elif node.value in _TASK_NAMES:
+    elif isinstance(node.value, str) and node.value in _TASK_NAMES:
         rw.told(rule.name, node, f"{join_path(at, 'task')} = {_TASK_NAMES[node.value]}")
         node.value = _TASK_NAMES[node.value]
     elif isinstance(node.value, str) and node.value not in _TASKS:
