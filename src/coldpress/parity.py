@@ -26,10 +26,12 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.base import Artifact
+from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.config.schema import DataConfig
 from coldpress.data.prepare import prepare
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
+from coldpress.evaluate.classifier import ClassifierRunner, with_ends
 from coldpress.evaluate.runners import LayerwiseRunner, LogitsRunner, in_batches, open_runner
 from coldpress.events import Message, Progress, Sink
 from coldpress.passes.base import Context
@@ -80,6 +82,10 @@ def prove(
         context.emit(Progress(context.step, done, blocks, "layers"))
 
     tokenizer = Tokenizer.load(reference.tokenizer_path)
+    if reference.describe().task == CLASSIFICATION:
+        data = None if data_config is None else context.data(data_config)
+        return {**vars(_compare_classes(reference, candidate, tokenizer, context, tokens, data, held_out)),
+                "reference": "whole"}  # fmt: skip
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(
@@ -103,6 +109,38 @@ def prove(
     return {**vars(result), "reference": how}
 
 
+def _compare_classes(
+    reference: Artifact,
+    candidate: Artifact,
+    tokenizer: Tokenizer,
+    context: Context,
+    tokens: int,
+    data: DataConfig | None,
+    held_out: Mapping[str, Any] | None,
+) -> ParityResult:
+    """Two classifiers on texts: a text is a position, the class that the reference finds its next token."""
+    first, second = (
+        ClassifierRunner(model, trust_remote_code=context.trust_remote_code) for model in (reference, candidate)
+    )
+    longest = min([SEQUENCE_TOKENS, *(one.context_length for one in (first, second) if one.context_length)])
+    known = tokenizer.special_tokens or {}
+    marks = [known.get("cls_token"), known.get("sep_token")]
+    ends = [None if mark is None else tokenizer.backend.token_to_id(mark) for mark in marks]
+    sequences = [
+        with_ends(reference, one, *ends)
+        for one in parity_sequences(
+            tokenizer, tokens=tokens, longest=longest - 2, data=data, held_out=held_out, classes=data is not None
+        )
+    ]
+    sums = _Sums()
+    for start in range(0, len(sequences), BATCH):
+        batch = sequences[start : start + BATCH]
+        p, q = first.scores(batch), second.scores(batch)
+        sums.add(p, q, p.argmax(axis=1).tolist())
+        context.emit(Progress(context.step, start + len(batch), len(sequences), "texts"))
+    return sums.result()
+
+
 def parity_sequences(
     tokenizer: Tokenizer,
     *,
@@ -110,8 +148,11 @@ def parity_sequences(
     longest: int = SEQUENCE_TOKENS,
     data: DataConfig | None = None,
     held_out: Mapping[str, Any] | None = None,
+    classes: bool = False,
 ) -> list[list[int]]:
     """Sequences with at least `tokens` positions to compare: text of `data` first, then the bundled text.
+
+    `classes`: the records of `data` have classes, which are no part of their text.
 
     `held_out` (`size`, `seed`) takes only the part of `data` that a training step with that split did not see.
     """
@@ -131,7 +172,7 @@ def parity_sequences(
 
     if data is not None:
         size, seed = (None, 42) if held_out is None else (held_out["size"], int(held_out["seed"]))
-        prepared = prepare(data, tokenizer, context_length=longest, held_out=size, seed=seed)
+        prepared = prepare(data, tokenizer, context_length=longest, held_out=size, seed=seed, classes=classes)
         packed = prepared.train if prepared.held_out is None else prepared.held_out
         for one in packed.sequences:
             if take(one.ids):

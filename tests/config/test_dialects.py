@@ -592,6 +592,27 @@ def test_what_olives_lora_family_says_of_layers_that_we_do_not_have(today: Any, 
     assert any("use_effective_conv2d" in line for line in reported(config))
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("text-classification", "text-classification"),
+        ("sequence-classification", "text-classification"),
+        ("text-generation-with-past", "text-generation"),
+    ],
+)
+def test_tasks_and_their_other_names(today: Any, load: Load, given: str, meant: str) -> None:
+    today["input_model"]["task"] = given
+    config = load(today)
+    assert config.workflow.input_model.task == meant
+    assert any("task" in line for line in reported(config)) == (given != meant)
+
+
+def test_a_misspelt_task(today: Any, problems_of: Problems) -> None:
+    today["input_model"]["task"] = "text-clasification"
+    (problem,) = problems_of(today)
+    assert problem.hint == "did you mean text-classification?"
+
+
 def test_a_name_given_twice(local: Any, problems_of: Problems) -> None:
     params_ = at(local, "data_configs.0.pre_process_data_config.params")
     params_["input_cols"] = ["a"]

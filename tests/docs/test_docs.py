@@ -29,6 +29,7 @@ PAGES = (
     "docs/config.md",
     "docs/proof.md",
     "docs/adapters.md",
+    "docs/methods.md",
     "docs/families.md",
     "docs/profiles.md",
 )

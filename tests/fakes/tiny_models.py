@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.nn import imports
 
-__all__ = ["VOCABULARY", "make_checkpoint", "make_tokenizer"]
+__all__ = ["VOCABULARY", "make_checkpoint", "make_encoder", "make_tokenizer"]
 
 VOCABULARY = 260
 """256 bytes and 4 special tokens."""
@@ -41,7 +41,14 @@ def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat1
     """A two-layer model with hidden size 64, and its tokenizer. `more` goes into its config."""
     imports.load_training()
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+    )
 
     sizes = {
         "vocab_size": VOCABULARY,
@@ -61,8 +68,38 @@ def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat1
         torch.manual_seed(seed)
         if family == "phi3":
             model = Phi3ForCausalLM(Phi3Config(**sizes, original_max_position_embeddings=128, sliding_window=None))
-        else:
+        elif family == "llama":
             model = LlamaForCausalLM(LlamaConfig(**sizes))
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer(folder)
+    return folder
+
+
+def make_encoder(folder: Path, *, family: str = "bert", form: str = "AutoModel", seed: int = 0) -> Path:
+    """A two-layer encoder as an Auto class saves it: the bare model, or with its head for masked words."""
+    imports.load_training()
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 96, "max_position_embeddings": 390, "pad_token_id": 258}  # fmt: skip
+    if family == "distilbert":
+        sizes = {"vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96,
+                 "max_position_embeddings": 390, "pad_token_id": 258}  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, form).from_config(config)
+        for name, value in model.named_parameters():
+            if value.dim() == 2 and "embed" not in name:
+                value.data.normal_(std=0.2)
+    model.save_pretrained(folder)
+    make_tokenizer(folder, bos=False)
+    path = folder / "tokenizer_config.json"
+    record = json.loads(path.read_text())
+    record.update({"cls_token": "<s>", "sep_token": "</s>"})
+    del record["eos_token"], record["chat_template"]
+    path.write_text(json.dumps(record))
     return folder

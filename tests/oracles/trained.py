@@ -71,7 +71,8 @@ def _logits(model: Any) -> np.ndarray:
 
     was = model.training
     model.eval()
-    with torch.no_grad():
+    mixed = any(one.dtype == torch.bfloat16 for one in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         found = model(input_ids=torch.tensor(IDS)).logits.float().numpy()
     model.train(was)
     return np.asarray(found)

@@ -103,6 +103,11 @@ class AdapterWeights:
     def __exit__(self, *_: object) -> None:
         self._tensors.close()
 
+    def rows_of(self, name: str) -> int | None:
+        """Rows of a weight that the adapter replaces; None where it does not."""
+        own = self.replaced.get(name)
+        return None if own is None else self._tensors.info(own).shape[0]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows of one of the adapter's own tensors, float32."""
         import numpy as np

@@ -7,16 +7,19 @@ both are compared; rows that differ by more than the rounding between two floati
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_kinds import unknown_kind
+from coldpress.artifacts.classifiers import ClassifierTensors, classifier_layout
 from coldpress.artifacts.json_file import read_json
 from coldpress.artifacts.quantized import Checkpoint, open_checkpoint
+from coldpress.artifacts.tensors import TensorSource
 from coldpress.errors import CheckpointError
 
-__all__ = ["check_adapter", "recorded_base"]
+__all__ = ["ClassifierBase", "check_adapter", "recorded_base"]
 
 ROUNDING = 3e-3
 """Greatest distance, relative to their size, of the same weights in two types: bf16 keeps 8 bits."""
@@ -32,13 +35,37 @@ def recorded_base(adapter: Path, record: Mapping[str, Any]) -> Path | None:
     return next((place.resolve() for place in places if (place / "config.json").is_file()), None)
 
 
-def check_adapter(adapter: Path, model: Path, base: Checkpoint, *, tied: bool) -> None:
+@dataclass(frozen=True)
+class ClassifierBase:
+    """A base that its adapter makes a classifier of."""
+
+    config: Mapping[str, Any]
+    dtype: str
+    """Of what is new."""
+
+    def tensors(self, base: TensorSource, adapter: AdapterWeights) -> ClassifierTensors:
+        """The weights of `base` under the names that `adapter` knows; raises CheckpointError where it has no head."""
+        layout = classifier_layout(self.config)
+        labels = adapter.rows_of(layout.labels_name)
+        if labels is None and layout.labels_name not in {info.name for info in base.infos()}:
+            raise CheckpointError(
+                f"{adapter.folder} makes a classifier of its base, and has no {layout.labels_name}",
+                hint="train it again; the head belongs to modules_to_save",
+            )
+        return ClassifierTensors(base, self.config, self.dtype, labels or 0)
+
+
+def check_adapter(
+    adapter: Path, model: Path, base: Checkpoint, *, tied: bool, classifier: ClassifierBase | None = None
+) -> None:
     """Raise CheckpointError for an adapter that is damaged, or was made for another base than `model`."""
     record = read_json(adapter / "adapter_config.json")
     if unknown_kind(record) is not None:  # nothing is known of its tensors; whoever merges it refuses it
         return
     with AdapterWeights.open(adapter) as weights:
-        weights.check_fit({info.name: info.shape for info in base.infos()}, tied=tied)
+        source: TensorSource = base if classifier is None else classifier.tensors(base, weights)
+        # A classifier has no head that predicts words, so nothing is tied.
+        weights.check_fit({info.name: info.shape for info in source.infos()}, tied=tied and classifier is None)
     other = recorded_base(adapter, record)
     if other is not None and other != model.resolve() and not base.packings and _differ(other, base):
         raise CheckpointError(

@@ -14,8 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from coldpress.artifacts.adapter_base import check_adapter, recorded_base
+from coldpress.artifacts.adapter_base import ClassifierBase, check_adapter, recorded_base
 from coldpress.artifacts.adapter_record import AdapterSpec, adapter_spec, modules_of
+from coldpress.artifacts.classifiers import (
+    CLASSIFICATION,
+    GENERATION,
+    classifier_infos,
+    classifier_layout,
+    is_classifier,
+)
 from coldpress.artifacts.json_file import read_json
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.stored import Packing
@@ -56,6 +63,10 @@ class Spec:
     """Set between QLoRA and the merge."""
     execution_provider: str | None = None
     """What an ONNX model is built for."""
+    task: str = GENERATION
+    """What it is for: text-generation, or text-classification."""
+    lacking: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Tensors that the checkpoint does not hold, because it is to become a classifier."""
     unknown: str | None = None
     """Why nothing more is known: the model lies in a registry that was not reached."""
 
@@ -82,22 +93,46 @@ class Spec:
         return {
             tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
             for tensor in self.tensors
-            if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and "embed" not in tensor.name
+            if len(tensor.shape) == 2
+            and tensor.name.endswith(".weight")
+            and "embed" not in tensor.name
+            and not tensor.name.startswith(self._head)
         }
+
+    @property
+    def _head(self) -> tuple[str, ...]:
+        """How the names of a classifier's own weights begin."""
+        if self.task != CLASSIFICATION:
+            return ()
+        layout = classifier_layout(self.config)
+        return (*layout.pooler, *(f"{module}." for module in layout.head_modules))
+
+    def as_classifier(self, labels: int = 0) -> Spec:
+        """The same with the weights that it has as a classifier, by their names there; raises PlanError."""
+        found = classifier_infos(self.config, self.tensors, self.precision, labels)
+        lacking = frozenset(name for name, (_, stored) in found.items() if stored is None)
+        return replace(self, tensors=tuple(info for info, _ in found.values()), lacking=lacking)
 
     def mismatch(self, other: Spec) -> str | None:
         """The first thing in which a planned and a found model differ, in words; None when they agree."""
-        for name in ("kind", "model_type", "precision", "adapter", "base_quantization", "execution_provider"):
+        for name in ("kind", "task", "model_type", "precision", "adapter", "base_quantization", "execution_provider"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name}: {mine!r} planned, {theirs!r} found"
         if self.kind == "checkpoint":
             mine_shapes = {tensor.name: tuple(tensor.shape) for tensor in self.tensors}
             their_shapes = {tensor.name: tuple(tensor.shape) for tensor in other.tensors}
-            if mine_shapes != their_shapes:
-                odd = sorted(set(mine_shapes.items()) ^ set(their_shapes.items()))
-                return f"{len(odd)} tensors differ, the first: {odd[0][0]}"
+            odd = sorted(mine_shapes.keys() ^ their_shapes.keys())
+            odd += [name for name in mine_shapes.keys() & their_shapes.keys()
+                    if not _same_shape(mine_shapes[name], their_shapes[name])]  # fmt: skip
+            if odd:
+                return f"{len(odd)} tensors differ, the first: {odd[0]}"
         return None
+
+
+def _same_shape(mine: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """A size of 0 is one that the plan could not know: how many classes the data has."""
+    return len(mine) == len(theirs) and all(0 in pair or pair[0] == pair[1] for pair in zip(mine, theirs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -117,6 +152,8 @@ class Artifact:
     """Of an ONNX model: fp32, int4 ..."""
     execution_provider: str | None = None
     """What an ONNX model is built for."""
+    task: str | None = None
+    """What the model is for, where config.json does not say it: a base that is to become a classifier."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -144,7 +181,8 @@ class Artifact:
                     f"{path} is an adapter; its base model {said!r} is not a local checkpoint folder",
                     hint="give the base as the model and this folder as its adapter",
                 )
-            return cls(path, "checkpoint", base, adapter=path, tokenizer=path if _has_tokenizer(path) else None)
+            tokenizer = path if _has_tokenizer(path) else None
+            return cls(path, "checkpoint", base, adapter=path, tokenizer=tokenizer, task=_task_of(record))
         if (path / "config.json").is_file():
             return cls(path, "checkpoint", path)
         what = "is not there" if not path.exists() else "has neither config.json nor genai_config.json"
@@ -161,7 +199,12 @@ class Artifact:
             whole = Artifact.from_record(adapter.parent, read_json(beside))
             quantization = whole.base_quantization if whole.adapter == adapter.resolve() else None
         return Artifact(
-            path=self.path, kind="checkpoint", model=self.model, adapter=adapter, base_quantization=quantization
+            path=self.path,
+            kind="checkpoint",
+            model=self.model,
+            adapter=adapter,
+            base_quantization=quantization,
+            task=_task_of(read_json(adapter / "adapter_config.json")),
         )
 
     @classmethod
@@ -182,6 +225,7 @@ class Artifact:
             base_quantization=None if quantization is None else BaseQuantization(**quantization),
             precision=record.get("precision"),
             execution_provider=record.get("execution_provider"),
+            task=record.get("task"),
         )
 
     def record(self) -> dict[str, Any]:
@@ -203,6 +247,7 @@ class Artifact:
             "base_quantization": None if self.base_quantization is None else vars(self.base_quantization),
             "precision": self.precision,
             "execution_provider": self.execution_provider,
+            "task": self.task,
         }
         return {key: value for key, value in record.items() if value is not None}
 
@@ -230,20 +275,31 @@ class Artifact:
         """What the model is, from its configs and headers; raises CheckpointError."""
         if self.kind == "onnx":
             return self._describe_onnx()
-        config = read_json(self.model / "config.json")
+        config = self.config()
+        task = self.task or (CLASSIFICATION if is_classifier(config) else GENERATION)
         with open_checkpoint(self.model, config) as tensors:
             infos, packings = tuple(tensors.infos()), tensors.packings
+            precision = _main_dtype(infos)
             if self.adapter is not None:
-                check_adapter(self.adapter, self.model, tensors, tied=is_tied(config, infos))
+                classifier = ClassifierBase(config, precision) if task == CLASSIFICATION else None
+                check_adapter(self.adapter, self.model, tensors, tied=is_tied(config, infos), classifier=classifier)
         return Spec(
             kind="checkpoint",
             config=config,
             tensors=infos,
             packings=dict(packings),
-            precision=_main_dtype(infos),
+            precision=precision,
+            task=task,
             adapter=self._describe_adapter(),
             base_quantization=self.base_quantization,
         )
+
+    def config(self) -> dict[str, Any]:
+        """config.json; that of an adapter where it makes the base a classifier. Raises CheckpointError."""
+        own = None if self.adapter is None else self.adapter / "config.json"
+        if own is not None and own.is_file() and is_classifier(found := read_json(own)):
+            return found
+        return read_json(self.model / "config.json")
 
     def _describe_adapter(self) -> AdapterSpec | None:
         if self.adapter is None:
@@ -279,6 +335,11 @@ def is_tied(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> bool:
     """Whether a model uses one matrix as embedding and head."""
     head = any(tensor.name.endswith("lm_head.weight") for tensor in tensors)
     return bool(config.get("tie_word_embeddings", not head))
+
+
+def _task_of(record: Mapping[str, Any]) -> str | None:
+    """What an adapter makes of its base; `record` is adapter_config.json."""
+    return CLASSIFICATION if record.get("task_type") == "SEQ_CLS" else None
 
 
 def _has_tokenizer(path: Path) -> bool:

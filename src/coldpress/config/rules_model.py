@@ -233,17 +233,25 @@ def _dtype(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         parent.members.pop(rule.key, None)
 
 
+_TASKS = ("text-generation", "text-classification")
+_TASK_NAMES = {
+    "text-generation-with-past": "text-generation",
+    "sequence-classification": "text-classification",
+}
+"""Other names of a task."""
+
+
 def _task(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    """One task is trained and built; its `-with-past` variants name the same model."""
+    """Two tasks are trained; `-with-past` variants name the same model."""
     node = parent.members["task"]
     if node.value is None:
         del parent.members["task"]
-    elif node.value == "text-generation-with-past":
-        rw.told(rule.name, node, f"{join_path(at, 'task')} = text-generation")
-        node.value = "text-generation"
-    elif isinstance(node.value, str) and node.value != "text-generation":
-        close = nearest(node.value, ("text-generation",))
-        hint = f"did you mean {close}?" if close else "the task we have: text-generation"
+    elif isinstance(node.value, str) and node.value in _TASK_NAMES:
+        rw.told(rule.name, node, f"{join_path(at, 'task')} = {_TASK_NAMES[node.value]}")
+        node.value = _TASK_NAMES[node.value]
+    elif isinstance(node.value, str) and node.value not in _TASKS:
+        close = nearest(node.value, (*_TASKS, *_TASK_NAMES))
+        hint = f"did you mean {_TASK_NAMES.get(close, close)}?" if close else f"the tasks we have: {', '.join(_TASKS)}"
         rw.refuse(parent, "task", f"there is no task called {node.value!r}", hint)
 
 

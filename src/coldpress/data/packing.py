@@ -38,6 +38,8 @@ class TokenSequence:
 
     ids: list[int]
     labels: list[int]
+    target: int | None = None
+    """Class of the sequence, in sequence classification."""
 
 
 @dataclass(frozen=True)

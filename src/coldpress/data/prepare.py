@@ -39,6 +39,8 @@ class Prepared:
     max_seq_len: int
     notes: tuple[str, ...] = ()
     """Worth a warning: what was left out, clamped or found twice."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes by their index, in sequence classification."""
 
 
 def clamp(config: PreProcess, context_length: int | None) -> tuple[int, tuple[str, ...]]:
@@ -73,11 +75,17 @@ def prepare(
     context_length: int | None = None,
     held_out: DataConfig | float | int | None = None,
     seed: int = 42,
+    classes: bool = False,
 ) -> Prepared:
-    """Sequences of a data config. `held_out` is a share or count of its rows, or a data config of its own."""
+    """Sequences of a data config. `held_out` is a share or count of its rows, or a data config of its own.
+
+    `classes`: every record is a sequence of its own, with the index of its class (`label_col`) as target.
+    """
     pre = config.pre_process_data_config
     check_masks(pre)
     length, notes = clamp(pre, context_length)
+    if classes:
+        return _classified(config, tokenizer, length, held_out, seed)
     _, texts = texts_of(config, tokenizer)
     keys = [one.text for one in texts]
     evaluation: Packed | None = None
@@ -104,6 +112,27 @@ def prepare(
     if packed.loss_tokens == 0:
         raise DataError("no token of the training data carries loss", hint="look at it with `coldpress data`")
     return Prepared(packed, evaluation, length, tuple(said))
+
+
+def _classified(
+    config: DataConfig, tokenizer: Tokenizer, length: int, held_out: DataConfig | float | int | None, seed: int
+) -> Prepared:
+    column = config.pre_process_data_config.label_col
+    pre = config.pre_process_data_config.model_copy(update={"label_col": None, "completion_only_loss": False})
+    records, texts = texts_of(config.model_copy(update={"pre_process_data_config": pre}), tokenizer)
+    labels = [str(row[column]) for row in records.rows]  # type: ignore[index]
+    names = tuple(sorted(set(labels)))
+    if len(names) < 2:
+        raise DataError(f"all {len(labels)} records of {config.name} are of the class {names[0]!r}")
+    sequences = [
+        TokenSequence(row.ids[:length], [IGNORED] * len(row.ids[:length]), names.index(label))
+        for row, label in zip(encode(texts, pre, tokenizer), labels, strict=True)
+    ]
+    if held_out is None or isinstance(held_out, DataConfig):
+        return Prepared(Packed(sequences, len(sequences)), None, length, (), names)
+    split = split_rows([one.text for one in texts], held_out, seed)
+    train, other = ([sequences[row] for row in rows] for rows in (split.train, split.held_out))
+    return Prepared(Packed(train, len(train)), Packed(other, len(other)), length, (), names)
 
 
 def _packed(

@@ -163,7 +163,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     beside = folder / "special_tokens_map.json"
     merged = {**(read_json(beside) if beside.is_file() else {}), **config}
     found = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
         value = merged.get(name)
         text = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(text, str):

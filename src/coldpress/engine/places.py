@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coldpress.artifacts.base import Artifact, Spec
+from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.config.schema import AzureMLResource, DataConfig, InputModel, LoadDataset
 from coldpress.errors import CheckpointError, PlanError
 
@@ -63,6 +64,8 @@ class Places:
             artifact = Artifact.load(found)
             if model.adapter_path is not None:
                 artifact = self._with_adapter(artifact, model.adapter_path)
+            if model.task == CLASSIFICATION and artifact.kind == "checkpoint":
+                artifact = replace(artifact, task=CLASSIFICATION)
             note = None
             if found != (self.config_dir / path).resolve() and not Path(path).is_absolute():
                 note = f"model_path {path} was found in the working folder: {found}"
@@ -74,7 +77,10 @@ class Places:
             )
         cached = _hub_snapshot(path, model.load_kwargs.revision)
         if cached is not None:
-            return ResolvedModel(artifact=Artifact.load(cached), note=f"{path} is in the hub cache: {cached}")
+            artifact = Artifact.load(cached)
+            if model.task == CLASSIFICATION:
+                artifact = replace(artifact, task=CLASSIFICATION)
+            return ResolvedModel(artifact=artifact, note=f"{path} is in the hub cache: {cached}")
         return ResolvedModel(
             hub_id=path,
             revision=model.load_kwargs.revision,

@@ -17,6 +17,7 @@ from typing import Any
 
 import coldpress
 from coldpress.artifacts.base import Artifact, Spec
+from coldpress.artifacts.classifiers import GENERATION
 from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import Accelerator, AzureMLResource, AzureMLSystem, DataConfig, Evaluator, ParityLimits
 from coldpress.data.sources import files_of
@@ -255,7 +256,9 @@ class _Planner:
         if unseen > HASH_FOR_PLAN_BYTES and not self.hash_everything:
             self.notes.append(f"{unseen / 1e9:.1f} GB of weights were never hashed here, so nothing is cached for them")
             return spec, None
-        return spec, digest_files(files, self.store.digests)
+        found = digest_files(files, self.store.digests)
+        # The same files are another model to a training when they are to become a classifier.
+        return spec, found if spec.task == GENERATION else digest_value({"files": found, "task": spec.task})
 
     def _data_fingerprint(self, name: str, config: DataConfig) -> dict[str, Any]:
         """What identifies the records: the settings, and the contents of the files."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.base import BaseQuantization, read_json
+from coldpress.artifacts.classifiers import classifier_infos, classifier_layout, labels_of
 from coldpress.artifacts.quantized import Checkpoint, open_checkpoint
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.errors import CheckpointError, UnsupportedModelError
@@ -32,16 +33,27 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: BaseQuantization | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    classifier: Mapping[str, Any] | None = None,
 ) -> Any:
     """A causal language model; `dtype` is float32, float16, bfloat16, or auto for the stored one.
 
     A checkpoint that is quantized on disk is dequantized here, to float32 for auto: no library of its tool is needed.
+    `classifier` is the config.json of a sequence classifier, which is then loaded: what of it the folder lacks (its
+    head) is new, with numbers from torch's generator.
     Raises CheckpointError for missing, damaged or incomplete weights and UnsupportedModelError for an unknown type.
     """
     config = _readable_config(folder, trust_remote_code)
     # A damaged or cut file is named here, before a library fails inside.
     with open_checkpoint(folder, config) as tensors:
-        matrices = {info.name.removesuffix(".weight"): info.shape for info in tensors.infos() if len(info.shape) == 2}
+        stored = list(tensors.infos())
+        new: set[str] = set()
+        if classifier is not None:
+            made = classifier_infos(classifier, stored, "float32", len(labels_of(classifier)))
+            new = {name for name, (_, own) in made.items() if own is None}
+            stored = [info for info, _ in made.values()]
+        matrices = {info.name.removesuffix(".weight"): info.shape for info in stored if len(info.shape) == 2}
+        if tensors.packings and classifier is not None:
+            raise CheckpointError(f"{folder} is quantized: no classifier is made of it", hint="take the unquantized")
         if tensors.packings:
             if quantization is not None:
                 raise CheckpointError(
@@ -58,7 +70,7 @@ def load_model(
     else:
         imports.load_inference()
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     options: dict[str, Any] = {
@@ -70,23 +82,28 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        options["quantization_config"] = _four_bit(quantization, matrices)
+        options["quantization_config"] = _four_bit(quantization, matrices, classifier)
         device_map = device_map or {"": "cpu"}
     if device_map is not None:
         options["device_map"] = device_map
     logging.disable_progress_bar()
     hf_config = _hf_config(folder, config, trust_remote_code)
+    loader = AutoModelForCausalLM
+    if classifier is not None:
+        loader = AutoModelForSequenceClassification
+        _set_classes(hf_config, classifier)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, **options)
+        model, info = loader.from_pretrained(folder, config=hf_config, **options)
     except _loading_errors() as error:
         raise CheckpointError(
             f"{folder} cannot be loaded: {_first_line(error)}", hint="is the download complete?"
         ) from error
-    _refuse_missing(folder, info["missing_keys"])
+    _refuse_missing(folder, set(info["missing_keys"]) - new)
     if quantization is not None:
         layers = four_bit_layers(model)
-        if set(layers) != set(_quantized(matrices)):
-            odd = sorted(set(layers) ^ set(_quantized(matrices)))
+        wanted = set(_quantized(matrices, classifier))
+        if set(layers) != wanted:
+            odd = sorted(set(layers) ^ wanted)
             raise CheckpointError(f"bitsandbytes quantized other layers of {folder} than asked, the first: {odd[0]}")
         for layer in layers.values():
             layer.support_avx512bf16_for_cpu = False
@@ -197,7 +214,13 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}" if isinstance(error, KeyError) else said
 
 
-def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remote_code: bool = False) -> Any:
+def load_dequantized(
+    folder: Path,
+    quantization: BaseQuantization,
+    *,
+    trust_remote_code: bool = False,
+    classifier: Mapping[str, Any] | None = None,
+) -> Any:
     """The model that a QLoRA adapter was trained on, as a plain float32 model; bitsandbytes makes its weights."""
     imports.load_bitsandbytes()
     import torch
@@ -208,6 +231,7 @@ def load_dequantized(folder: Path, quantization: BaseQuantization, *, trust_remo
         dtype=quantization.compute_dtype,
         trust_remote_code=trust_remote_code,
         quantization=quantization,
+        classifier=classifier,
     )
     for name, layer in four_bit_layers(model).items():
         weight = dequantized(layer)
@@ -262,17 +286,38 @@ def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
 
 
+def _set_classes(hf_config: Any, classifier: Mapping[str, Any]) -> None:
+    """What makes a classifier's config of a language model's."""
+    hf_config.id2label = dict(enumerate(labels_of(classifier)))
+    hf_config.label2id = {label: index for index, label in hf_config.id2label.items()}
+    hf_config.problem_type = "single_label_classification"
+    if isinstance(classifier.get("pad_token_id"), int):
+        hf_config.get_text_config().pad_token_id = classifier["pad_token_id"]
+
+
 def _known_type(config: Mapping[str, Any]) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as known
 
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = config.get("model_type")
+    return kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        kind in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    )
 
 
-def _quantized(matrices: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    return four_bit_names({name: (shape[0], shape[1]) for name, shape in matrices.items() if "embed" not in name})
+def _quantized(matrices: Mapping[str, tuple[int, ...]], classifier: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    head: tuple[str, ...] = ()
+    if classifier is not None:
+        layout = classifier_layout(classifier)
+        head = (*layout.head_modules, *(name.removesuffix(".weight") for name in layout.pooler))
+    plain = {name: shape for name, shape in matrices.items() if "embed" not in name and not name.startswith(head)}
+    return four_bit_names({name: (shape[0], shape[1]) for name, shape in plain.items()})
 
 
-def _four_bit(quantization: BaseQuantization, matrices: Mapping[str, tuple[int, ...]]) -> Any:
+def _four_bit(
+    quantization: BaseQuantization,
+    matrices: Mapping[str, tuple[int, ...]],
+    classifier: Mapping[str, Any] | None = None,
+) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -281,5 +326,5 @@ def _four_bit(quantization: BaseQuantization, matrices: Mapping[str, tuple[int, 
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        llm_int8_skip_modules=sorted(set(matrices) - set(_quantized(matrices))) or ["lm_head"],
+        llm_int8_skip_modules=sorted(set(matrices) - set(_quantized(matrices, classifier))) or ["lm_head"],
     )

@@ -78,7 +78,7 @@ class TrainingReport:
 
 
 def collate(
-    sequences: Sequence[Mapping[str, list[int]]], *, pad_id: int, padding_side: str = "right", use_mask: bool = True
+    sequences: Sequence[Mapping[str, Any]], *, pad_id: int, padding_side: str = "right", use_mask: bool = True
 ) -> dict[str, Any]:
     """One batch, padded to its longest sequence: `input_ids`, `labels` and, where padding could be seen, a mask.
 
@@ -93,6 +93,12 @@ def collate(
         gap = [fill] * (longest - len(values))
         return gap + values if left else values + gap
 
+    if "label" in sequences[0]:  # a classifier looks at whole texts, and must not see padding
+        return {
+            "input_ids": torch.tensor([padded(one["input_ids"], pad_id) for one in sequences]),
+            "attention_mask": torch.tensor([padded([1] * len(one["input_ids"]), 0) for one in sequences]),
+            "labels": torch.tensor([one["label"] for one in sequences]),
+        }
     batch = {
         "input_ids": torch.tensor([padded(one["input_ids"], pad_id) for one in sequences]),
         "labels": torch.tensor([padded(one["labels"], IGNORED) for one in sequences]),
@@ -184,9 +190,10 @@ class _Sequences:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __getitem__(self, place: int) -> dict[str, list[int]]:
+    def __getitem__(self, place: int) -> dict[str, Any]:
         one = self._sequences[place]
-        return {"input_ids": one.ids, "labels": one.labels}
+        label = {} if one.target is None else {"label": one.target}  # a name that Trainer does not take out
+        return {"input_ids": one.ids, "labels": one.labels, **label}
 
 
 def _trainer(

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.checkpoint_files import write_shards
-from coldpress.artifacts.json_file import read_json
-from coldpress.artifacts.quantized import open_checkpoint
-from coldpress.artifacts.tensors import TensorInfo, numpy_dtype
+from coldpress.artifacts.tensors import TensorInfo, TensorSource, numpy_dtype
 from coldpress.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ def train_only(model: torch.nn.Module, trained: Collection[str], frozen_dtype: s
 
 
 def check_names(model: Any, infos: Iterable[TensorInfo], source: Path) -> None:
-    """Before a training: whether what the model would be written as is what `source` holds; raises CheckpointError."""
+    """Before a training: whether the model would be written as `infos`, what `source` holds; raises CheckpointError."""
     shapes = {info.name: info.shape for info in infos}
     odd = sorted(name for name, value in _as_stored(model).items() if shapes.get(name) != tuple(value.shape))
     if odd:
@@ -47,28 +45,26 @@ def check_names(model: Any, infos: Iterable[TensorInfo], source: Path) -> None:
 
 
 def write_checkpoint(
-    model: Any, source: Path, target: Path, *, shard_bytes: int, on_tensor: Callable[[int, int], None]
+    model: Any, base: TensorSource, target: Path, *, shard_bytes: int, on_tensor: Callable[[int, int], None]
 ) -> None:
-    """Write the weights of `model` as `source` stores them. `on_tensor` is told (done, all)."""
-    state = _as_stored(model)
-    with open_checkpoint(source, read_json(source / "config.json")) as base:
-        infos = sorted(base.infos(), key=lambda info: info.name)
-        twins = _twins(model)
+    """Write the weights of `model` as `base` has them. `on_tensor` is told (done, all)."""
+    state, twins = _as_stored(model), _twins(model)
+    infos = sorted(base.infos(), key=lambda info: info.name)
 
-        def tensors() -> Iterator[tuple[TensorInfo, Callable[[], npt.NDArray[Any]]]]:
-            for place, info in enumerate(infos, start=1):
-                yield info, producer(place, info)
+    def tensors() -> Iterator[tuple[TensorInfo, Callable[[], npt.NDArray[Any]]]]:
+        for place, info in enumerate(infos, start=1):
+            yield info, producer(place, info)
 
-        def producer(place: int, info: TensorInfo) -> Callable[[], npt.NDArray[Any]]:
-            def produce() -> npt.NDArray[Any]:
-                value = state.get(info.name, state.get(twins.get(info.name, "")))
-                made = base.read(info.name) if value is None else _array(value, info.dtype)
-                on_tensor(place, len(infos))
-                return made
+    def producer(place: int, info: TensorInfo) -> Callable[[], npt.NDArray[Any]]:
+        def produce() -> npt.NDArray[Any]:
+            value = state.get(info.name, state.get(twins.get(info.name, "")))
+            made = base.read(info.name) if value is None else _array(value, info.dtype)
+            on_tensor(place, len(infos))
+            return made
 
-            return produce
+        return produce
 
-        write_shards(target, tensors(), shard_bytes=shard_bytes)
+    write_shards(target, tensors(), shard_bytes=shard_bytes)
 
 
 def _as_stored(model: Any) -> dict[str, torch.Tensor]:

@@ -83,7 +83,16 @@ def _adapter_of(spec: Spec) -> AdapterSpec:
 
 
 def _whole(adapter: AdapterSpec, spec: Spec) -> tuple[str, ...]:
-    return resolve_modules_to_save(adapter.settings.get("modules_to_save"), (tensor.name for tensor in spec.tensors))
+    """Modules that the adapter holds whole, by their full names."""
+    places = {place for tensor in spec.tensors for place in _above(tensor.name)}
+    saved = adapter.settings.get("modules_to_save") or ()
+    return tuple(sorted(place for place in places for name in saved if place == name or place.endswith(f".{name}")))
+
+
+def _above(name: str) -> list[str]:
+    """The modules that a tensor lies in."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.adapter_record import AdapterSpec, adapter_spec
 from coldpress.artifacts.base import Spec, is_tied
+from coldpress.artifacts.classifiers import CLASSIFICATION, classifier_layout
 from coldpress.errors import PlanError
 from coldpress.nn.adapted import begins_with_base, doubled
 from coldpress.nn.adapters import Targets, by_pattern, exact_patterns, resolve_modules_to_save, resolve_targets
@@ -57,6 +58,8 @@ def resolve_adapter(config: AdapterConfig, spec: Spec, peft_type: str, own: Mapp
         layers=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
+    if spec.task == CLASSIFICATION:
+        targets = replace(targets, peft=targets.modules)
     whole = resolve_modules_to_save(config.modules_to_save, (tensor.name for tensor in spec.tensors))
     twice = sorted(set(whole) & set(targets.modules))
     if twice:
@@ -81,7 +84,10 @@ def resolve_adapter(config: AdapterConfig, spec: Spec, peft_type: str, own: Mapp
         "task_type": "CAUSAL_LM",
         **own,
     }
-    settings.update(_tying(spec, targets, whole, peft_type))
+    if spec.task == CLASSIFICATION:
+        settings.update(_for_classifier(spec, targets, whole))
+    else:
+        settings.update(_tying(spec, targets, whole, peft_type))
     saved = settings
     notes: tuple[str, ...] = () if targets.note is None else (targets.note,)
     if begins_with_base(settings):
@@ -90,6 +96,18 @@ def resolve_adapter(config: AdapterConfig, spec: Spec, peft_type: str, own: Mapp
         start = settings["init_lora_weights"]
         notes += (f"init_lora_weights {start} ends as an adapter of the unchanged base, of rank {saved['r']}",)
     return Adaptation(peft_type, settings, targets, ranks, saved, whole, notes)
+
+
+def _for_classifier(spec: Spec, targets: Targets, whole: tuple[str, ...]) -> dict[str, Any]:
+    """A classifier's head is trained whole. Its layers are named in full: `dense` is a name in many places."""
+    layout = classifier_layout(spec.config)
+    new = [name for name in layout.pooler if name in spec.lacking and name.endswith(".weight")]
+    pooler = [name.removesuffix(".weight") for name in new]
+    return {
+        "task_type": "SEQ_CLS",
+        "target_modules": list(targets.modules),
+        "modules_to_save": list(dict.fromkeys((*layout.head_modules, *pooler, *whole))),
+    }
 
 
 def _number(value: float) -> float | int:

@@ -8,6 +8,7 @@ artifact records how, so that a merge can add the adapter to the very weights it
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.passes.adapter_continued import continued, refuse_other_settings
 from coldpress.passes.adapter_settings import Adaptation, trained_parameters
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
+from coldpress.passes.classification import as_trained, trained_config, write_config
 from coldpress.passes.fine_tuning import (
     computes_in,
     prepared_data,
@@ -53,6 +55,7 @@ class AdapterTraining:
 
     def adaptation(self, config: Any, spec: Spec) -> Adaptation:
         """The adapter to train: a new one, or that of the model; raises PlanError."""
+        spec = as_trained(spec)
         return self.fresh(config, spec) if spec.adapter is None else continued(config, spec, self.peft_type)
 
     def quantization(self, config: Any, spec: Spec) -> BaseQuantization | None:
@@ -85,14 +88,15 @@ class AdapterTraining:
             precision=spec.precision,
             adapter=adaptation.result,
             base_quantization=quantization if self.recorded(config) else None,
+            task=spec.task,
         )
-        trained = trained_parameters(adaptation, spec)
+        trained = trained_parameters(adaptation, as_trained(spec))
         name = env.data(config.train_data_config).name
         return Planned(planned, training_estimate(config, spec, env, trained, quantization, length, name), notes)
 
     def refuse_other(self, config: Any, spec: Spec) -> None:
         """Raise PlanError for what is given and differs from the adapter that the model has."""
-        refuse_other_settings(config, spec)
+        refuse_other_settings(config, as_trained(spec))
 
     def notes(self, config: Any, spec: Spec) -> tuple[str, ...]:
         """More that is worth telling before the run; raises PlanError."""
@@ -115,7 +119,8 @@ class AdapterTraining:
         optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
         imports.load_training(quantized=quantization is not None or needs_bitsandbytes(optimizer))
         folder = self.base_folder(config, adaptation, model, ctx)
-        base = self.loaded(config, quantization, folder, ctx)
+        classifier = trained_config(spec, prepared, tokenizer)
+        base = self.loaded(config, quantization, folder, classifier, ctx)
         start = None
         if adaptation.goes_on:
             assert model.adapter is not None
@@ -131,6 +136,8 @@ class AdapterTraining:
         settings = {**adaptation.saved, "base_model_name_or_path": own}
         save_adapter(adapted, adapter, adaptation.targets.peft, settings=settings, start=start)
         copy_tokenizer(model.tokenizer_path, adapter)
+        if classifier is not None:
+            write_config(adapter, classifier)
         went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
         write_record(adapter, {**record, "method": type(self).__name__, **went_on})
         return Artifact(
@@ -140,6 +147,7 @@ class AdapterTraining:
             adapter=adapter,
             tokenizer=adapter,
             base_quantization=quantization if self.recorded(config) else None,
+            task=model.task,
         )
 
     def base_folder(self, config: Any, adaptation: Adaptation, model: Artifact, ctx: Context) -> Path:
@@ -149,20 +157,30 @@ class AdapterTraining:
     def begin(self, config: Any, adaptation: Adaptation, adapted: Any, model: Artifact, ctx: Context) -> None:
         """Give a fresh adapter other first values than PEFT did."""
 
-    def loaded(self, config: Any, quantization: BaseQuantization | None, folder: Path, ctx: Context) -> Any:
+    def loaded(
+        self,
+        config: Any,
+        quantization: BaseQuantization | None,
+        folder: Path,
+        classifier: Mapping[str, Any] | None,
+        ctx: Context,
+    ) -> Any:
         """The base model, to be frozen."""
         import torch
 
         from coldpress.nn.loading import four_bit_layers, load_model
 
         dtype, slow_bf16 = computes_in(config, ctx)
-        base = load_model(
-            folder,
-            dtype=dtype if quantization is None else quantization.compute_dtype,
-            trust_remote_code=ctx.trust_remote_code,
-            quantization=quantization,
-            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
-        )
+        with torch.random.fork_rng(devices=[]):  # a classifier's head is drawn
+            torch.manual_seed(int(config.training_args.get("seed") or 42))
+            base = load_model(
+                folder,
+                dtype=dtype if quantization is None else quantization.compute_dtype,
+                trust_remote_code=ctx.trust_remote_code,
+                quantization=quantization,
+                device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+                classifier=classifier,
+            )
         if quantization is not None and slow_bf16:
             for layer in four_bit_layers(base).values():
                 layer.compute_dtype = torch.float32

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.base import Spec
+from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.config.schema import DataConfig
 from coldpress.data.prepare import Prepared, check_masks, clamp, prepare
 from coldpress.data.splits import split_seed
@@ -17,6 +18,7 @@ from coldpress.events import Message
 from coldpress.hardware import library_versions
 from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.passes.base import Context, PlanContext
+from coldpress.passes.classification import for_classifier, refuse_unclassifiable
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
 from coldpress.passes.training_estimate import size_of
@@ -68,7 +70,9 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
             hint="pip install 'coldpress[cpu]', or use adamw_torch",
         )
     pre = env.data(config.train_data_config).pre_process_data_config
-    if pre.completion_only_loss and pre.strategy.startswith("join"):
+    if spec.task == CLASSIFICATION:
+        refuse_unclassifiable(spec, pre)
+    elif pre.completion_only_loss and pre.strategy.startswith("join"):
         raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
 
 
@@ -110,17 +114,24 @@ def prepared_data(config: TrainingConfig, spec: Spec, tokenizer: Tokenizer, ctx:
     held_out: DataConfig | float | int | None = config.eval_dataset_size
     if config.eval_data_config is not None:
         held_out = ctx.data(config.eval_data_config)
+    classifies = spec.task == CLASSIFICATION
     prepared = prepare(
         ctx.data(config.train_data_config),
         tokenizer,
         context_length=spec.context_length,
         held_out=held_out,
         seed=split_seed(config.training_args),
+        classes=classifies,
     )
     for note in prepared.notes:
         ctx.emit(Message("warning", note, ctx.step))
+    if classifies:
+        prepared = for_classifier(prepared, spec, tokenizer)
     train, held = prepared.train, prepared.held_out
-    said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {train.loss_tokens} with loss"
+    with_loss = f"{train.loss_tokens} with loss"
+    if prepared.classes is not None:
+        with_loss = f"of {len(prepared.classes)} classes: {', '.join(prepared.classes[:8])}"
+    said = f"trains on {len(train.sequences)} sequences, {train.tokens} tokens, {with_loss}"
     if held is not None:
         said += f"; holds out {len(held.sequences)} sequences, {held.tokens} tokens"
     ctx.emit(Message("info", said, ctx.step))

@@ -7,17 +7,22 @@ copy that a step computes with. The checkpoint is written in the types of the on
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from coldpress.artifacts.base import Artifact, Spec
 from coldpress.artifacts.checkpoint_files import copy_configs
+from coldpress.artifacts.classifiers import ClassifierTensors, labels_of
+from coldpress.artifacts.quantized import open_checkpoint
+from coldpress.artifacts.tensors import TensorSource
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
 from coldpress.events import Progress
 from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.nn.trained_part import trained_part
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
+from coldpress.passes.classification import as_trained, trained_config, write_config
 from coldpress.passes.fine_tuning import (
     computes_in,
     prepared_data,
@@ -69,13 +74,16 @@ class FullFinetune:
                 f"the model is quantized ({len(spec.packings)} matrices), and such weights cannot be trained",
                 hint="take the unquantized model; or LoRA, which leaves it as it is",
             )
+        spec = as_trained(spec)
         trained = set(trained_part((tensor.name for tensor in spec.tensors), config.trainable_modules, config.freeze))
         count = sum(math.prod(tensor.shape) for tensor in spec.tensors if tensor.name in trained)
         length, notes = sequence_length(config, spec, env)
         notes += training_notes(config, env)
         if count < spec.parameters:
             notes += (f"trains {count:,} of {spec.parameters:,} parameters",)
-        planned = Spec(kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision)
+        planned = Spec(
+            kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision, task=spec.task
+        )
         name = env.data(config.train_data_config).name
         return Planned(planned, training_estimate(config, spec, env, count, None, length, name), notes)
 
@@ -90,36 +98,50 @@ class FullFinetune:
         prepared = prepared_data(config, spec, tokenizer, ctx)
         optimizer = str(training_arguments(config, ctx)[0].get("optim") or "")
         imports.load_training(quantized=needs_bitsandbytes(optimizer))
-        loaded = _loaded(config, spec, model.model, ctx)
-        record = train_model(config, loaded, prepared, tokenizer, ctx)
         from coldpress.nn.whole_model import write_checkpoint
 
-        write_checkpoint(
-            loaded,
-            model.model,
-            ctx.output,
-            shard_bytes=SHARD_BYTES,
-            on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
-        )
+        classifier = trained_config(spec, prepared, tokenizer)
+        with open_checkpoint(model.model, spec.config) as stored:
+            base: TensorSource = stored
+            if classifier is not None:
+                base = ClassifierTensors(stored, classifier, spec.precision, len(labels_of(classifier)))
+            loaded = _loaded(config, base, model.model, classifier, ctx)
+            record = train_model(config, loaded, prepared, tokenizer, ctx)
+            write_checkpoint(
+                loaded,
+                base,
+                ctx.output,
+                shard_bytes=SHARD_BYTES,
+                on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
+            )
         copy_configs(model.model, ctx.output)
+        if classifier is not None:
+            write_config(ctx.output, classifier)
         for folder in dict.fromkeys((model.tokenizer_path, model.model)):
             copy_tokenizer(folder, ctx.output)
         write_record(ctx.output, {**record, "method": type(self).__name__})
         return Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
 
 
-def _loaded(config: FullFinetuneConfig, spec: Spec, folder: Path, ctx: Context) -> Any:
+def _loaded(
+    config: FullFinetuneConfig, base: TensorSource, folder: Path, classifier: Mapping[str, Any] | None, ctx: Context
+) -> Any:
     """The model with what trains in float32 and the rest frozen."""
+    import torch
+
     from coldpress.nn.loading import load_model
     from coldpress.nn.whole_model import check_names, train_only
 
-    loaded = load_model(
-        folder,
-        dtype="float32",  # no bit of what is trained is lost
-        trust_remote_code=ctx.trust_remote_code,
-        device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
-    )
-    check_names(loaded, spec.tensors, folder)
+    with torch.random.fork_rng(devices=[]):  # a classifier's head is drawn
+        torch.manual_seed(int(config.training_args.get("seed") or 42))
+        loaded = load_model(
+            folder,
+            dtype="float32",  # no bit of what is trained is lost
+            trust_remote_code=ctx.trust_remote_code,
+            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+            classifier=classifier,
+        )
+    check_names(loaded, base.infos(), folder)
     names = [name for name, _ in loaded.named_parameters()]
     train_only(loaded, set(trained_part(names, config.trainable_modules, config.freeze)), computes_in(config, ctx)[0])
     if config.training_args.get("gradient_checkpointing"):

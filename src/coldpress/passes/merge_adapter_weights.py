@@ -10,18 +10,27 @@ model that no training step has seen.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_base import ClassifierBase
 from coldpress.artifacts.adapter_inputs import copy_adapter, lora_inputs
 from coldpress.artifacts.adapter_merged import MergedTensors
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec, is_tied
 from coldpress.artifacts.checkpoint_files import copy_configs
+from coldpress.artifacts.classifiers import (
+    CLASSIFICATION,
+    classifier_config,
+    classifier_layout,
+    is_classifier,
+    labels_of,
+)
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.tensors import TensorInfo, TensorSource, numpy_dtype, write_safetensors
 from coldpress.config.schema import Frozen
@@ -71,7 +80,11 @@ class MergeAdapterWeights:
                 "base: dequantized is for an adapter that was trained with QLoRA; this one was not",
                 hint="leave base out",
             )
-        planned = Spec(kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision)
+        if spec.task == CLASSIFICATION:
+            spec = spec.as_classifier()
+        planned = Spec(
+            kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision, task=spec.task
+        )
         largest = max((tensor.nbytes for tensor in spec.tensors), default=0)
         notes: tuple[str, ...] = ()
         if spec.base_quantization is not None:
@@ -102,11 +115,18 @@ class MergeAdapterWeights:
         spec = model.describe()
         original = config.base == "original"
         with open_checkpoint(model.model, spec.config) as base, AdapterWeights.open(model.adapter) as adapter:
-            merge = _Merge(base, open_merged(model, base, adapter, original=original), ctx)
+            source: TensorSource = base
+            if spec.task == CLASSIFICATION:
+                classifier = ClassifierBase(spec.config, spec.precision)
+                source = classifier.tensors(base, adapter)
+            merge = _Merge(source, open_merged(model, source, adapter, original=original), ctx)
             write_safetensors(ctx.output / "model.safetensors", merge.tensors(), {"format": "pt"})
+            labels = adapter.rows_of(classifier_layout(spec.config).labels_name) if source is not base else None
         quantization = None if original else model.base_quantization
-        _report(merge, len(decoder_linears(spec.linear_layers())), quantization, ctx)
+        _report(merge, len(decoder_linears(_layers(spec))), quantization, ctx)
         copy_configs(model.model, ctx.output)
+        if labels is not None:
+            _write_classes(ctx.output, spec.config, labels)
         copy_tokenizer(model.tokenizer_path, ctx.output)
         if model.tokenizer_path != model.model:
             copy_tokenizer(model.model, ctx.output)
@@ -125,11 +145,23 @@ def open_merged(
     return MergedTensors(
         base,
         adapter,
-        tied=is_tied(spec.config, spec.tensors),
+        tied=is_tied(spec.config, spec.tensors) and spec.task != CLASSIFICATION,
         quantization=quantization,
-        four_bits=() if quantization is None else four_bit_names(spec.linear_layers()),
+        four_bits=() if quantization is None else four_bit_names(_layers(spec)),
         added=added,
     )
+
+
+def _layers(spec: Spec) -> dict[str, tuple[int, int]]:
+    """Linear layers by their names in the model that was trained."""
+    return (spec.as_classifier() if spec.task == CLASSIFICATION else spec).linear_layers()
+
+
+def _write_classes(folder: Path, config: Mapping[str, Any], labels: int) -> None:
+    """Make config.json that of a classifier: the adapter's own, or one with numbered classes where it has none."""
+    named = labels_of(config) if len(labels_of(config)) == labels else [f"LABEL_{index}" for index in range(labels)]
+    made = dict(config) if is_classifier(config) else classifier_config(config, named)
+    (folder / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

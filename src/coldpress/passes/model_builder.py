@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from coldpress.artifacts.arch import Arch
 from coldpress.artifacts.base import Artifact, Spec, read_json
+from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.artifacts.tensors import TensorSource
 from coldpress.errors import CheckpointError, PlanError
 from coldpress.events import Progress
@@ -72,6 +73,11 @@ class ModelBuilder:
         )
         if spec.kind != "checkpoint":
             raise PlanError(f"ModelBuilder takes a Hugging Face checkpoint, this step gets a model of kind {spec.kind}")
+        if spec.task == CLASSIFICATION:
+            raise PlanError(
+                "ModelBuilder builds models that write text, and this one gives a text its class",
+                hint="end the workflow with the checkpoint: MergeAdapterWeights writes one that Transformers loads",
+            )
         if spec.unknown is not None:
             check_search(resolve(config)[0].search, None)  # what can be checked without the model
             return Planned(built, Estimate(), (f"graph and size are unknown: {spec.unknown}",))

@@ -14,12 +14,12 @@ from pydantic import Field
 
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
 from coldpress.artifacts.checkpoint_files import copy_configs
+from coldpress.artifacts.classifiers import CLASSIFICATION, classifier_layout
 from coldpress.data.tokenizer import copy_tokenizer
 from coldpress.errors import PlanError
 from coldpress.events import Message, Progress
 from coldpress.nn.adapted import begins_with_base
 from coldpress.nn.adapters import ALL_LINEAR, decoder_linears, four_bit_names
-from coldpress.passes.adapter_continued import refuse_other_settings
 from coldpress.passes.adapter_settings import Adaptation, lora_adaptation, refuse_long_ranks
 from coldpress.passes.adapter_training import AdapterTraining
 from coldpress.passes.base import Context, PlanContext, Planned
@@ -84,7 +84,7 @@ class QLoRA(AdapterTraining):
         return BaseQuantization(config.quant_type, config.double_quant, _compute_dtype(config))
 
     def refuse_other(self, config: Any, spec: Spec) -> None:
-        refuse_other_settings(config, spec)
+        super().refuse_other(config, spec)
         held, asked = spec.base_quantization, self._asked(config)
         if held is None:
             return
@@ -119,6 +119,8 @@ class LoftQ(AdapterTraining):
     preload: ClassVar[tuple[str, ...]] = QLoRA.preload
 
     def fresh(self, config: Any, spec: Spec) -> Adaptation:
+        if spec.task == CLASSIFICATION and classifier_layout(spec.config).encoder:
+            raise PlanError("LoftQ is for decoders; an encoder is small enough for LoRA", hint="use LoRA")
         made = lora_adaptation(config, spec)
         held = set(four_bit_names(spec.linear_layers()))
         refuse_long_ranks({name: rank for name, rank in made.ranks.items() if name in held}, spec)
