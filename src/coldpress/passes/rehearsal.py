@@ -13,8 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_base import ClassifierBase
 from coldpress.artifacts.base import AdapterSpec, Artifact
+from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.artifacts.quantized import open_checkpoint
+from coldpress.artifacts.tensors import TensorSource
 from coldpress.errors import StepError, StoreError
 from coldpress.passes.merge_adapter_weights import open_merged
 from coldpress.units import size
@@ -58,7 +61,10 @@ def rehearse(
             hint="this is a bug in the pass; please report it with the config",
         )
     with open_checkpoint(made.model, found.config) as tensors, AdapterWeights.open(folder) as adapter:
-        merged = open_merged(made, tensors, adapter)
+        source: TensorSource = tensors
+        if found.task == CLASSIFICATION:
+            source = ClassifierBase(found.config, found.precision).tensors(tensors, adapter)
+        merged = open_merged(made, source, adapter)
         name = min(adapter.changed & {info.name for info in tensors.infos()}, default=None)
         if name is not None:
             before, after = merged.before_and_after(name)
