@@ -40,6 +40,10 @@ class Batching:
     """Of a micro-batch, at most; a longer record is one by itself."""
     records: int | None = None
     """Of a micro-batch, at most."""
+    room: int | None = None
+    """Bytes for what a micro-batch keeps, where that is little: one is then tried before the training. None: plenty."""
+    most: int = 4096
+    """Tokens of a micro-batch beyond which nothing is gained."""
     checkpointing: bool | None = None
     """Keep only the input of each block and compute the rest again; None is what the arguments say."""
 
@@ -173,7 +177,7 @@ def train(
         if loss.own_types(model) and checked.bf16:
             # Nothing is left for autocast to cast, and each of its casts costs time.
             checked.bf16, checked.mixed_precision = False, "no"
-        how = batching or Batching()
+        how = _tried(model, sequences, loss, batching or Batching(), autocast if checked.bf16 else None, step, emit)
         plain = ranks.PlainModel(model)
         trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
         for reporter in reporters:
@@ -209,6 +213,19 @@ def train(
         form=loss.form,
         fused=dict(loss.fused.counts),
     )
+
+
+def _tried(
+    model: Any, sequences: Sequence[TokenSequence], loss: Any, batching: Batching, autocast: Any, step: str, emit: Sink
+) -> Batching:
+    """Where room is short, what one micro-batch showed."""
+    if batching.room is None:
+        return batching
+    from coldpress.nn.probe import probed
+
+    found, size = probed(model, sequences, loss, batching, autocast)
+    emit(Message("info", f"one micro-batch took {size / 1e3:.0f} kB a token: {found.tokens} tokens at a time", step))
+    return found
 
 
 def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: int) -> Any:

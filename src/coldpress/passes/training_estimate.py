@@ -48,6 +48,8 @@ _AT_ONCE = {"cpu": 2048, "gpu": 8192}
 """Tokens of a micro-batch, at most: products of more run no faster (measured on the CPU)."""
 _LOGITS_BYTES = {"cpu": 2 * (16 << 20), "gpu": 2 * (256 << 20)}
 """A slice of logits and what is computed of it, see nn/cross_entropy.py."""
+_TIGHT = 0.5
+"""Part of the room from which on one micro-batch is tried before the training."""
 _ROOM = 0.85
 """Part of the free memory that a training plans with."""
 _FLOPS_PER_THREAD = {True: 300e9, False: 50e9}
@@ -164,9 +166,9 @@ def choose_batching(
             said = (
                 "; activations are computed again in the backward pass (checkpointing), to fit" if checkpointing else ""
             )
-            if tokens < _AT_ONCE[device] or checkpointing:
-                return Batching(tokens, records, checkpointing), f"{tokens} tokens at a time{said}"
-            return Batching(tokens, records, checkpointing), None
+            tight = free if tokens * memory.of_token(checkpointing) > _TIGHT * free else None
+            batching = Batching(tokens, records, tight, _AT_ONCE[device], checkpointing)
+            return batching, f"{tokens} tokens at a time{said}" if tokens < _AT_ONCE[device] or checkpointing else None
     need = int(memory.total(longest, asked is None or bool(asked)) / _ROOM)
     raise TrainingError(
         f"a record of {longest} tokens needs {size(need)}, and {size(room)} are free: "
