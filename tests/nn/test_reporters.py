@@ -158,7 +158,7 @@ def test_the_environment_comes_first(tiny_phi3: Path, tmp_path: Path, monkeypatc
     pytest.importorskip("mlflow")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "tracked").as_uri())
-    run(tiny_phi3, tmp_path / "work", report_to=["tensorboard", "mlflow"], max_steps=1)
+    run(tiny_phi3, tmp_path / "work", report_to=["tensorboard", "mlflow"], max_steps=1, logging_dir="theirs")
     assert not (tmp_path / "logs").exists()
     assert scalars(tmp_path / "mine", "train/loss")
     assert len(mlflow_runs(tmp_path / "tracked", monkeypatch)) == 1

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import coldpress
+from coldpress.engine.logs import log_folder, reporters_of
 from coldpress.errors import MissingExtraError
 from coldpress.events import Event, Message
 
@@ -70,13 +71,16 @@ def test_a_cached_training_says_where_its_logs_are(document: dict[str, Any], tmp
     assert not (tmp_path / "other" / "logs" / "tune" / "tensorboard").exists()
 
 
-def test_a_folder_of_ones_own(document: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("named", "place"), [("/logs/of/mine", "/logs/of/mine"), ("runs", "{config}/runs")])
+def test_a_folder_of_ones_own(document: dict[str, Any], tmp_path: Path, named: str, place: str) -> None:
     pytest.importorskip("tensorboard")
-    named = json.loads(json.dumps(document))
-    named["passes"]["tune"]["training_args"]["logging_dir"] = str(tmp_path / "mine")
-    said({**named, "output_dir": str(tmp_path / "output")})
-    assert list((tmp_path / "mine" / "tensorboard").glob("events.out.tfevents.*"))
-    assert not (tmp_path / "output" / "logs" / "tune" / "tensorboard").exists()
+    asks = json.loads(json.dumps(document))
+    asks["passes"]["tune"]["training_args"]["logging_dir"] = named
+    config = tmp_path / "workflow.json"
+    config.write_text(json.dumps(asks))
+    plan = coldpress.plan(config)
+    assert log_folder(plan, plan.steps[0]) == Path(place.format(config=tmp_path))
+    assert reporters_of(plan.steps[0]) == ("tensorboard",)
 
 
 def test_a_service_that_is_not_installed_stops_the_plan(document: dict[str, Any]) -> None:
