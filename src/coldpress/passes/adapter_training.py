@@ -25,6 +25,7 @@ from coldpress.passes.fine_tuning import (
     sequence_length,
     train_model,
     training_notes,
+    whole_on,
     write_record,
 )
 from coldpress.passes.training_arguments import training_arguments
@@ -42,6 +43,7 @@ class AdapterTraining:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     def adaptation(self, config: Any, spec: Spec) -> Adaptation:
         """The adapter to train; raises PlanError."""
@@ -63,6 +65,8 @@ class AdapterTraining:
                 "the model is quantized already, so it cannot be held in 4 bits of bitsandbytes",
                 hint="take the unquantized model, or train a plain LoRA adapter",
             )
+        if quantization is not None and config.training_args.get("fsdp"):
+            raise PlanError("FSDP does not divide 4-bit weights", hint="leave fsdp out: each process holds them all")
         length, notes = sequence_length(config, spec, env)
         notes = (*adaptation.notes, *notes, *training_notes(config, env), *self.notes(config, spec))
         planned = Spec(
@@ -106,9 +110,10 @@ class AdapterTraining:
         start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
         record = train_model(config, adapted, prepared, tokenizer, ctx)
         adapter = ctx.output / "adapter"
-        save_adapter(adapted, adapter, adaptation.targets.peft, settings=adaptation.saved, start=start)
-        copy_tokenizer(model.tokenizer_path, adapter)
-        write_record(adapter, {**record, "method": type(self).__name__})
+        if ctx.rank == 0:
+            save_adapter(adapted, adapter, adaptation.targets.peft, settings=adaptation.saved, start=start)
+            copy_tokenizer(model.tokenizer_path, adapter)
+            write_record(adapter, {**record, "method": type(self).__name__})
         return Artifact(
             path=ctx.output,
             kind="checkpoint",
@@ -137,7 +142,7 @@ class AdapterTraining:
             dtype=dtype if quantization is None else quantization.compute_dtype,
             trust_remote_code=ctx.trust_remote_code,
             quantization=quantization,
-            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+            device_map=whole_on(config, ctx),
         )
         if quantization is not None and slow_bf16:
             for layer in four_bit_layers(base).values():

@@ -20,6 +20,7 @@ from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
 from coldpress.passes.training_estimate import size_of
+from coldpress.passes.training_ranks import ranks_note, refuse_sharding
 
 __all__ = [
     "computes_in",
@@ -29,6 +30,7 @@ __all__ = [
     "sequence_length",
     "train_model",
     "training_notes",
+    "whole_on",
     "write_record",
 ]
 
@@ -67,6 +69,7 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
             f"optim {optimizer} needs bitsandbytes, not installed",
             hint="pip install 'coldpress[cpu]', or use adamw_torch",
         )
+    refuse_sharding(config.training_args, env)
     pre = env.data(config.train_data_config).pre_process_data_config
     if pre.completion_only_loss and pre.strategy.startswith("join"):
         raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
@@ -86,6 +89,8 @@ def sequence_length(config: TrainingConfig, spec: Spec, env: PlanContext) -> tup
 def training_notes(config: TrainingConfig, env: PlanContext) -> tuple[str, ...]:
     """What of the config is done in another way."""
     notes = []
+    if env.ranks > 1:
+        notes.append(ranks_note(config.training_args, env))
     if "output_dir" in config.training_args:
         notes.append("training_args.output_dir is not used: checkpoints lie in the cache until the step is done")
     if env.accelerator.device == "cpu":
@@ -95,6 +100,12 @@ def training_notes(config: TrainingConfig, env: PlanContext) -> tuple[str, ...]:
         if config.torch_dtype == "bfloat16" and not env.hardware.fast_bf16:
             notes.append("this CPU has no bf16 instructions: it computes in float32, which is faster here")
     return tuple(notes)
+
+
+def whole_on(config: TrainingConfig, ctx: Context) -> dict[str, int] | None:
+    """Where the model is loaded: on the GPU, unless FSDP brings its parts there; None is in memory."""
+    on_gpu = ctx.accelerator.device == "gpu" and not (ctx.ranks > 1 and config.training_args.get("fsdp"))
+    return {"": 0} if on_gpu else None
 
 
 def computes_in(config: TrainingConfig, ctx: Context) -> tuple[str, bool]:
