@@ -67,6 +67,12 @@ def test_transformers_own_defaults_are_valid() -> None:
         ("save_strategy", "best"),
         ("push_to_hub", False),
         ("deepspeed", None),
+        ("fsdp", True),
+        ("fsdp", "full_shard auto_wrap"),
+        ("fsdp_config", {"fsdp_transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": False}),
+        ("ddp_backend", "gloo"),
+        ("ddp_timeout", 60),
+        ("ddp_find_unused_parameters", False),
         ("log_level", "info"),
     ],
 )
@@ -106,8 +112,16 @@ def test_accepted(name: str, value: Any) -> None:
         ("report_to", True, "must be a service or a list of services, got true", None),
         ("report_to", [1], "must be a service or a list of services, got a list", None),
         ("logging_dir", 3, "must be a text, got 3", None),
-        ("deepspeed", True, "training on several devices is not built yet", "remove it"),
-        ("fsdp", "full_shard", "training on several devices is not built yet", "remove it"),
+        ("deepspeed", True, "several processes train by DDP or FSDP, through accelerate", "remove it"),
+        ("fsdp", "full_shard offload", None, "write true"),
+        ("fsdp", 1, "must be true or false or a text, got 1", None),
+        ("fsdp_config", "file.json", "must be a mapping, got a text", "give the content"),
+        ("fsdp_config", {"cpu_offload": True}, None, "leave it out"),
+        ("fsdp_config", {"fsdp_version": 1}, "fsdp_version must be one of 2, '2', got 1", None),
+        ("fsdp_config", {"activation_checkpointing": True}, None, "set gradient_checkpointing"),
+        ("fsdp_config", {"state_dict_type": "FULL"}, None, None),
+        ("ddp_backend", "glo", None, "did you mean gloo?"),
+        ("ddp_static_graph", True, None, "remove it"),
         ("push_to_hub", True, "nothing is uploaded", None),
         ("hub_model_id", "a/b", "nothing is uploaded", None),
         ("output_dir", "x", "checkpoints lie in the cache, the result in the workflow's output_dir", "remove it"),
@@ -137,4 +151,4 @@ def test_arguments_that_exclude_each_other(args: dict[str, Any]) -> None:
 
 
 def test_all_problems_are_told() -> None:
-    assert len(check_training_args({"a_a": 1, "max_steps": "x", "optim": "zz", "fsdp": "x"})) == 4
+    assert len(check_training_args({"a_a": 1, "max_steps": "x", "optim": "zz", "fsdp": 3})) == 4

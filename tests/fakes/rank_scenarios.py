@@ -26,7 +26,10 @@ from coldpress.nn import imports
 __all__ = ["FSDP", "SCENARIOS", "Outcome", "perform", "run_ranks", "sequences"]
 
 STEP_ROWS = 4
-FSDP = {"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"reshard_after_forward": True, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
 Outcome = dict[str, Any]
 
 
@@ -141,6 +144,14 @@ def checkpointed(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
     return train_one(lora(folder), work, rank=rank, ranks=ranks, arguments={"gradient_checkpointing": True})
 
 
+def tuned(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
+    arguments = {
+        "ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False,
+        "ddp_backend": "gloo", "ddp_timeout": 60,
+    }  # fmt: skip
+    return train_one(lora(folder), work, rank=rank, ranks=ranks, arguments=arguments)
+
+
 def padded(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
     model = lora(folder)
     model.get_base_model().config.output_router_logits = True  # of mixtures of experts, which are not packed
@@ -198,6 +209,13 @@ def sharded(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
     return train_one(lora(folder), work, rank=rank, ranks=ranks, arguments=FSDP if ranks > 1 else {})
 
 
+def sharded_otherwise(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
+    """The older form, with checkpoints in parts, and blocks computed again."""
+    config = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    arguments = {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": config} if ranks > 1 else {}
+    return _stopped(lambda: lora(folder, dropout=0.0), work, rank, ranks, gradient_checkpointing=True, **arguments)
+
+
 def sharded_saved_modules(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
     """A matrix is trained whole beside the adapter; the training is interrupted and goes on."""
     model = functools.partial(lora, folder, modules_to_save=["lm_head"])
@@ -242,8 +260,8 @@ def sharded_best(folder: Path, work: Path, rank: int, ranks: int) -> Outcome:
 SCENARIOS: dict[str, Callable[[Path, Path, int, int], Outcome]] = {
     one.__name__: one
     for one in (
-        plain, checkpointed, padded, grouped, fewer_rows_than_ranks, best, broken, stopped,
-        sharded, sharded_saved_modules, sharded_stopped, sharded_best, sharded_broken, sharded_bf16,
+        plain, tuned, checkpointed, padded, grouped, fewer_rows_than_ranks, best, broken, stopped,
+        sharded, sharded_otherwise, sharded_saved_modules, sharded_stopped, sharded_best, sharded_broken, sharded_bf16,
         sharded_full_bf16, sharded_tied,
     )
 }  # fmt: skip
@@ -293,6 +311,9 @@ def run_ranks(folder: Path, out: Path, names: Sequence[str], ranks: int = 2) -> 
 
 
 def main() -> None:
+    import faulthandler
+
+    faulthandler.dump_traceback_later(40)
     folder, out, *names = sys.argv[1:]
     imports.load_training()
     from safetensors.torch import save_file

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 __all__ = [
     "Accelerator",
@@ -150,14 +150,29 @@ class Accelerator(Frozen):
 
 
 class LocalSystem(Frozen):
-    """This machine."""
+    """This machine, or several that see the same files."""
 
     type: Literal["LocalSystem"] = "LocalSystem"
     """The kind of system."""
-    accelerators: tuple[Accelerator, ...] = (Accelerator(),)
-    """Devices; exactly one for now."""
+    accelerators: tuple[Accelerator, ...] = Field(default=(Accelerator(),), min_length=1)
+    """Devices, all alike. Training runs one process on each; other steps use one."""
+    hosts: Text | None = None
+    """A file that names the machines a training runs on, one a line: `name slots=2`; `localhost` is this one."""
     hf_token: bool = False
     """Whether hub downloads use the token in the environment (`HF_TOKEN`)."""
+
+    @field_validator("accelerators")
+    @classmethod
+    def _alike(cls, accelerators: tuple[Accelerator, ...]) -> tuple[Accelerator, ...]:
+        kinds = list(dict.fromkeys(f"{one.device} with {', '.join(one.execution_providers)}" for one in accelerators))
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{len(accelerators)} accelerators that differ ({'; '.join(kinds)}): a model is built for one device "
+                "and one execution provider, and several are as many processes of a training; keep equal ones"
+            )
+        if any(one != accelerators[0] for one in accelerators):
+            raise ValueError("accelerators of one system are as many processes of a training: give all the same memory")
+        return accelerators
 
 
 class AzureMLSystem(Frozen):

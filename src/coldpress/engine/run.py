@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from coldpress.events import (
     StepStarted,
 )
 from coldpress.hardware import library_versions
-from coldpress.registry import PASSES
+from coldpress.systems.group import WorkerGroup
 from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
 from coldpress.systems.local import Worker
 
@@ -116,6 +117,8 @@ class _Session:
         self.plan = plan
         self.sinks = sinks
         self.workers: dict[bool, Worker] = {}
+        self.group: WorkerGroup | None = None
+        """Of the step that runs, where several processes run it."""
         self.steps: list[StepResult] = []
         self.scores: list[Score] = []
         self.warnings: list[str] = []
@@ -192,8 +195,10 @@ class _Session:
         """Start the process with torch, if it will be needed: its imports are long. The other one follows."""
         missing = [step for step in self.plan.steps if step.key is None or self.plan.store.get(step.key) is None]
         if missing:
-            torch = any(step.needs_torch or step.limits is not None for step in missing)
-            self._worker(torch)
+            alone = [step for step in missing if not step.hosts]
+            torch = any(step.needs_torch for step in alone) or any(step.limits is not None for step in missing)
+            if torch or alone:
+                self._worker(torch)
             self._light_soon = torch and any(not step.needs_torch for step in missing)
 
     def _relay(self, event: Event) -> None:
@@ -206,38 +211,60 @@ class _Session:
     def _worker(self, torch: bool) -> Worker:
         worker = self.workers.get(torch)
         if worker is None or not worker.alive:
-            preload: dict[str, None] = {}
-            for step in self.plan.steps:
-                if step.needs_torch == torch and not step.cached:
-                    preload.update(dict.fromkeys(PASSES[step.type].preload))
+            steps = [
+                step for step in self.plan.steps if step.needs_torch == torch and not step.cached and not step.hosts
+            ]
             worker = Worker(
                 _WORKER_MODULE,
-                preload=tuple(preload),
-                log=self.plan.store.root
-                / "logs"
-                / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
-                environment={
-                    # GNU OpenMP's threads spin 300,000 times before they sleep. Beside one busy process that made
-                    # training steps 70 times slower on 2 cores; 1,000 times cost a sixth on a quiet machine.
-                    "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
-                    # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
-                    "HF_HUB_DISABLE_TELEMETRY": "1",
-                    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                    "DISABLE_TELEMETRY": "1",
-                    "MLFLOW_DISABLE_TELEMETRY": "true",
-                    "TOKENIZERS_PARALLELISM": "false",
-                    "TRANSFORMERS_VERBOSITY": "warning",
-                    # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
-                    **({} if torch else {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}),
-                },
+                preload=_preload(steps),
+                log=self._log("torch" if torch else "light"),
+                # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
+                environment={} if torch else {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")},
             )
             self.workers[torch] = worker
         return worker
 
+    def _log(self, name: str) -> Path:
+        return self.plan.store.root / "logs" / f"{self.plan.loaded.workflow.workflow_id}-{name}.log"
+
     def _perform(
         self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
     ) -> dict[str, Any]:
-        job = Job(
+        job = self._job(kind, step, model, parameters)
+        return self._worker(torch).perform(job, self._relay, advice=lambda: advice)
+
+    def _run_pass(self, step: Step, model: Artifact, out: Path, work: Path) -> dict[str, Any]:
+        """In one process, or in as many as the step has."""
+        parameters = {
+            "type": step.type, "config": step.config.model_dump(mode="json"), "output": str(out), "work": str(work),
+            "logs": str(log_folder(self.plan, step)),
+        }  # fmt: skip
+        advice = _memory_advice(step)
+        if not step.hosts:
+            return self._perform("pass", step.name, model, step.needs_torch, advice, **parameters)
+        self.group = WorkerGroup(
+            _WORKER_MODULE,
+            hosts=step.hosts,
+            device=self.plan.accelerator.device,
+            preload=_preload([step]),
+            log=self._log(step.name),
+        )
+        aside = work / "outputs-of-other-ranks"
+        try:
+            outputs = [out, *(aside / str(rank) for rank in range(1, self.group.ranks))]
+            for folder in outputs[1:]:
+                folder.mkdir(parents=True, exist_ok=True)
+            jobs = [self._job("pass", step.name, model, {**parameters, "output": str(folder)}) for folder in outputs]
+            result = self.group.perform(jobs, self.emit, advice=lambda: advice)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        # Its memory is wanted for what comes next. (After an error its processes are ended; a stop must reach them.)
+        self.group.close()
+        self.group = None
+        return result
+
+    def _job(self, kind: Any, step: str, model: Artifact, parameters: Mapping[str, Any]) -> Job:
+        return Job(
             kind=kind,
             step=step,
             model=artifact_to_dict(model),
@@ -246,15 +273,16 @@ class _Session:
             trust_remote_code=self.plan.trust_remote_code,
             parameters=parameters,
         )
-        return self._worker(torch).perform(job, self._relay, advice=lambda: advice)
 
     def stop(self) -> None:
-        for worker in self.workers.values():
-            worker.stop()
+        for busy in (self.group, *self.workers.values()):
+            if busy is not None:
+                busy.stop()
 
     def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
+        for ended in (self.group, *self.workers.values()):
+            if ended is not None:
+                ended.close()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -288,11 +316,7 @@ class _Session:
         out, work = self.plan.store.partial(step.key)
         done = False
         try:
-            result = self._perform(
-                "pass", step.name, model, step.needs_torch, _memory_advice(step),
-                type=step.type, config=step.config.model_dump(mode="json"), output=str(out), work=str(work),
-                logs=str(log_folder(self.plan, step)),
-            )  # fmt: skip
+            result = self._run_pass(step, model, out, work)
             artifact = artifact_from_dict(result["artifact"])
             if (difference := step.spec.mismatch(artifact.describe())) is not None:
                 raise StepError(
@@ -307,6 +331,7 @@ class _Session:
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "config": step.config.model_dump(mode="json"),
                 "refers_to": _refers_to(artifact, self.plan.store.root),
+                "ranks": sum(host.slots for host in step.hosts) or 1,
                 **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
                 **({"logs": str(log_folder(self.plan, step))} if reporters_of(step) else {}),
             }
@@ -401,6 +426,11 @@ class _Session:
         return publish(entry, output_dir)
 
 
+def _preload(steps: Iterable[Step]) -> tuple[str, ...]:
+    """Modules that the passes of these steps import."""
+    return tuple(dict.fromkeys(module for step in steps for module in PASSES[step.type].preload))
+
+
 def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
     record = entry.record
     parity = record.get("parity") if step.limits is not None else None
@@ -413,6 +443,7 @@ def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
         seconds=record["seconds"],
         peak_bytes=record["peak_bytes"],
         peak_anonymous_bytes=record["peak_anonymous_bytes"],
+        ranks=record.get("ranks", 1),
         path=entry.path,
         parity=measured,
         parity_seconds=0.0 if parity is None else parity["seconds"],

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import BatchSampler, Sampler
 
@@ -35,6 +35,7 @@ __all__ = [
     "ranks",
     "shard_on_cpu",
     "sharded_precision",
+    "trained",
     "wait",
 ]
 
@@ -113,6 +114,14 @@ def check_alike(**facts: Any) -> None:
 # -- sharded weights ---------------------------------------------------------------------------------------------------
 
 
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What requires gradients, by name; under FSDP the parts that this rank keeps."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation some still stand there whole, as copies
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
 def gathered(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole tensors on rank 0, in memory of the CPU where they were sharded; nothing on the other ranks."""
     found = {}
@@ -169,8 +178,9 @@ class PlainModel:
 
         Afterwards rank 0 can do with the model what one process can. The others hold no model any more.
         """
-        if not any(isinstance(weight, DTensor) for weight in self._model.parameters()):
+        if not any(isinstance(module, FSDPModule) for module in self._model.modules()):
             return
+        trained(self._model)
         for module, children in self._children:
             for name, child in children.items():
                 setattr(module, name, child)

@@ -6,8 +6,10 @@ updates); how a step is cut into micro-batches, and how the model is asked for t
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import os
 import signal
 import threading
 import time
@@ -83,6 +85,8 @@ class TrainingReport:
     """packed, padded or classes."""
     fused: Mapping[str, int] = field(default_factory=dict)
     """Layers that computed in fused form, by kind."""
+    ranks: int = 1
+    """Processes that trained together; a step has as many times the rows of the arguments."""
 
     @property
     def loss(self) -> float:
@@ -108,6 +112,7 @@ class TrainingReport:
             "eval_loss": self.eval_loss,
             "best_step": self.best_step,
             "resumed_from": self.resumed_from,
+            "ranks": self.ranks,
             "form": self.form,
             "fused": dict(self.fused),
             "losses": list(self.losses),
@@ -212,6 +217,7 @@ def train(
         best_step=trainer.handed_over,
         form=loss.form,
         fused=dict(loss.fused.counts),
+        ranks=ranks.ranks(),
     )
 
 
@@ -232,7 +238,9 @@ def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: i
     """TrainingArguments: a step is one batch for Trainer; saving, logging and evaluating as the config says."""
     import transformers
 
-    given = dict(arguments)
+    given = copy.deepcopy(dict(arguments))  # Transformers changes mappings in place
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        given.pop("ddp_backend", None)  # accelerate refuses one that it does not need
     rows = int(given.pop("per_device_train_batch_size", None) or DEFAULT_ROWS)
     rows *= int(given.pop("gradient_accumulation_steps", None) or 1)
     ours: dict[str, Any] = {

@@ -78,11 +78,10 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         self._most = 0
         """Micro-batches of this step, of the rank that has most."""
         self._good: tuple[int, dict[str, torch.Tensor]] | None = None
-        self._small = sum(one.numel() * one.element_size() for one in self._trained().values()) <= SNAPSHOT_BYTES
+        self._small = (
+            sum(one.numel() * one.element_size() for one in ranks.trained(self.model).values()) <= SNAPSHOT_BYTES
+        )
         self.add_callback(_Callback(self))
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 
@@ -197,7 +196,10 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         save, stop = self._agreed
         self.watch.end_of_step(state, control, save=save, stop=stop)
         if self._small and self.watch.good and state.global_step % SNAPSHOT_STEPS == 1:
-            self._good = (state.global_step, {name: one.detach().clone() for name, one in self._trained().items()})
+            self._good = (
+                state.global_step,
+                {name: one.detach().clone() for name, one in ranks.trained(self.model).items()},
+            )
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # nothing here shows them
@@ -226,7 +228,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
             raise TrainingError("no token of the evaluation data carries loss", hint="look at it with `coldpress data`")
         metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
         if self.watch.evaluated(metrics["eval_loss"], self.state.global_step):
-            best = ranks.gathered(self._trained())
+            best = ranks.gathered(ranks.trained(self.model))
             if self.is_world_process_zero():
                 write_weights(self._best, best)
         self.log(metrics)
@@ -242,7 +244,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
-            self._save(output_dir, state_dict=ranks.gathered(self._trained()))
+            self._save(output_dir, state_dict=ranks.gathered(ranks.trained(self.model)))
 
     def finish(self, load_best: bool) -> None:
         """After the last step: measure it where that was not done, and take the best weights if these are wanted."""
@@ -255,7 +257,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         earlier = load_best and ours.best_step not in (None, self.state.global_step)
         if earlier and ranks.from_first(self._best.is_file):
             kept = read_weights(self._best) if self.is_world_process_zero() else {}
-            for name, parameter in self._trained().items():
+            for name, parameter in ranks.trained(self.model).items():
                 ranks.fill(parameter, kept.get(name))
             self.handed_over = ours.best_step
 
@@ -265,7 +267,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
             return error
         step, kept = self._good
         with torch.no_grad():
-            for name, parameter in self._trained().items():
+            for name, parameter in ranks.trained(self.model).items():
                 parameter.copy_(kept[name])
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)

@@ -31,6 +31,7 @@ from coldpress.passes.fine_tuning import (
     sequence_length,
     train_model,
     training_notes,
+    whole_on,
 )
 from coldpress.passes.rehearsal import rehearse, require_disk
 from coldpress.passes.training_arguments import training_arguments
@@ -52,6 +53,7 @@ class AdapterTraining:
     peft_type: ClassVar[str] = "LORA"
     starts_apart: ClassVar[bool] = False
     """Whether `begin` gives the adapter a start that changes the base."""
+    distributed: ClassVar[bool] = True
 
     def fresh(self, config: Any, spec: Spec) -> Adaptation:
         """A new adapter to train; raises PlanError."""
@@ -83,6 +85,8 @@ class AdapterTraining:
                 "the model is quantized already, so it cannot be held in 4 bits of bitsandbytes",
                 hint="take the unquantized model, or train a plain LoRA adapter",
             )
+        if quantization is not None and config.training_args.get("fsdp"):
+            raise PlanError("FSDP does not divide 4-bit weights", hint="leave fsdp out: each process holds them all")
         length, notes = sequence_length(config, spec, env)
         notes = (*adaptation.notes, *notes, *training_notes(config, env), *self.notes(config, spec))
         planned = Spec(
@@ -173,29 +177,31 @@ class AdapterTraining:
                 write_config(place, classifier)
 
         sizes = as_trained(spec)
-        require_disk(ctx.work, 4 * trained_parameters(adaptation, sizes))
-        rehearse(
-            made,
-            adaptation.result,
-            save,
-            ctx.work,
-            begins_as_base=not self.starts_apart and adaptation.begins_as_base,
-        )
+        if ctx.rank == 0:
+            require_disk(ctx.work, 4 * trained_parameters(adaptation, sizes))
+            rehearse(
+                made,
+                adaptation.result,
+                save,
+                ctx.work,
+                begins_as_base=not self.starts_apart and adaptation.begins_as_base,
+            )
         memory = self.memory(config, adaptation, quantization, sizes, ctx.hardware, ctx.accelerator.device)
         record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
-        save(adapter)
-        copy_tokenizer(model.tokenizer_path, adapter)
-        went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
-        document_training(
-            adapter,
-            {**record, **went_on},
-            method=type(self).__name__,
-            config=config,
-            arguments=record["arguments"],
-            prepared=prepared,
-            model=model,
-            ctx=ctx,
-        )
+        if ctx.rank == 0:
+            save(adapter)
+            copy_tokenizer(model.tokenizer_path, adapter)
+            went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
+            document_training(
+                adapter,
+                {**record, **went_on},
+                method=type(self).__name__,
+                config=config,
+                arguments=record["arguments"],
+                prepared=prepared,
+                model=model,
+                ctx=ctx,
+            )
         return made
 
     def base_folder(self, config: Any, adaptation: Adaptation, model: Artifact, ctx: Context) -> Path:
@@ -226,7 +232,7 @@ class AdapterTraining:
                 dtype=dtype if quantization is None else quantization.compute_dtype,
                 trust_remote_code=ctx.trust_remote_code,
                 quantization=quantization,
-                device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+                device_map=whole_on(config, ctx),
                 classifier=classifier,
             )
         if quantization is not None and slow_bf16:

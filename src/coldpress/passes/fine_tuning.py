@@ -22,6 +22,7 @@ from coldpress.passes.classification import for_classifier, refuse_unclassifiabl
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
 from coldpress.passes.training_estimate import TrainingMemory, choose_batching, free_memory, size_of
+from coldpress.passes.training_ranks import ranks_note, refuse_sharding
 
 __all__ = [
     "computes_in",
@@ -32,6 +33,7 @@ __all__ = [
     "sequence_length",
     "train_model",
     "training_notes",
+    "whole_on",
 ]
 
 
@@ -74,6 +76,7 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
             f"optim {optimizer} needs bitsandbytes, not installed",
             hint="pip install 'coldpress[cpu]', or use adamw_torch",
         )
+    refuse_sharding(config.training_args, env)
     pre = env.data(config.train_data_config).pre_process_data_config
     if spec.task == CLASSIFICATION:
         refuse_unclassifiable(spec, pre)
@@ -101,6 +104,8 @@ def sequence_length(config: TrainingConfig, spec: Spec, env: PlanContext) -> tup
 def training_notes(config: TrainingConfig, env: PlanContext) -> tuple[str, ...]:
     """What of the config is done in another way."""
     notes = []
+    if env.ranks > 1:
+        notes.append(ranks_note(config.training_args, env))
     if "output_dir" in config.training_args:
         notes.append("training_args.output_dir is not used: checkpoints lie in the cache until the step is done")
     if env.accelerator.device == "cpu":
@@ -110,6 +115,12 @@ def training_notes(config: TrainingConfig, env: PlanContext) -> tuple[str, ...]:
         if config.torch_dtype == "bfloat16" and not env.hardware.fast_bf16:
             notes.append("this CPU has no bf16 instructions: it computes in float32, which is faster here")
     return tuple(notes)
+
+
+def whole_on(config: TrainingConfig, ctx: Context) -> dict[str, int] | None:
+    """Where the model is loaded: on the GPU, unless FSDP brings its parts there; None is in memory."""
+    on_gpu = ctx.accelerator.device == "gpu" and not (ctx.ranks > 1 and config.training_args.get("fsdp"))
+    return {"": 0} if on_gpu else None
 
 
 def computes_in(config: TrainingConfig, ctx: Context) -> tuple[str, bool]:

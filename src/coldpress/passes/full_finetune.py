@@ -33,6 +33,7 @@ from coldpress.passes.fine_tuning import (
     sequence_length,
     train_model,
     training_notes,
+    whole_on,
 )
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import TrainingConfig
@@ -62,6 +63,7 @@ class FullFinetune:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     def plan(self, config: FullFinetuneConfig, spec: Spec, env: PlanContext) -> Planned:
         require_packages(type(self).__name__, self.libraries)
@@ -121,13 +123,17 @@ class FullFinetune:
             count = sum(one.numel() for one in loaded.parameters() if one.requires_grad)
             memory = self.memory(config, as_trained(spec), ctx.hardware, ctx.accelerator.device, count)
             record = train_model(config, loaded, prepared, tokenizer, memory, ctx)
-            write_checkpoint(
-                loaded,
-                base,
-                ctx.output,
-                shard_bytes=SHARD_BYTES,
-                on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
-            )
+            if ctx.rank == 0:
+                write_checkpoint(
+                    loaded,
+                    base,
+                    ctx.output,
+                    shard_bytes=SHARD_BYTES,
+                    on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
+                )
+        made = Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
+        if ctx.rank > 0:
+            return made
         copy_configs(model.model, ctx.output)
         if classifier is not None:
             write_config(ctx.output, classifier)
@@ -143,7 +149,7 @@ class FullFinetune:
             model=model,
             ctx=ctx,
         )
-        return Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
+        return made
 
 
 def _loaded(
@@ -161,7 +167,7 @@ def _loaded(
             folder,
             dtype="float32",  # no bit of what is trained is lost
             trust_remote_code=ctx.trust_remote_code,
-            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+            device_map=whole_on(config, ctx),
             classifier=classifier,
         )
     check_names(loaded, base.infos(), folder)
