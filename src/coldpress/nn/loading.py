@@ -55,7 +55,7 @@ def load_model(
         if tensors.packings:
             if quantization is not None or classifier is not None:
                 what = (
-                    "it cannot be loaded in 4 bits of bitsandbytes" if quantization else "no classifier is made of it"
+                    "it cannot be held in 4 bits of bitsandbytes" if quantization else "no classifier is made of it"
                 )
                 raise CheckpointError(
                     f"{folder} is quantized already, so {what}",
