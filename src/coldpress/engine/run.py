@@ -37,6 +37,7 @@ from coldpress.events import (
     StepStarted,
 )
 from coldpress.hardware import library_versions
+from coldpress.registry import PASSES
 from coldpress.systems.group import WorkerGroup
 from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
 from coldpress.systems.local import Worker
