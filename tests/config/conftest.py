@@ -41,6 +41,14 @@ class QLoRAStandIn(LoRAStandIn):
     save_quant_config: bool = True
 
 
+class LoHaStandIn(Frozen):
+    r: int = Field(default=64, ge=1)
+    """Rank of the adapter."""
+    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
+    train_data_config: str
+    training_args: Mapping[str, Any] = Field(default_factory=dict)
+
+
 class MergeStandIn(Frozen):
     pass
 
@@ -56,6 +64,7 @@ class BuilderStandIn(Frozen):
 PASSES: dict[str, type[BaseModel]] = {
     "LoRA": LoRAStandIn,
     "QLoRA": QLoRAStandIn,
+    "LoHa": LoHaStandIn,
     "MergeAdapterWeights": MergeStandIn,
     "ModelBuilder": BuilderStandIn,
 }

@@ -605,6 +605,19 @@ def test_tasks_and_their_other_names(today: Any, load: Load, given: str, meant: 
     assert any("task" in line for line in reported(config)) == (given != meant)
 
 
+def test_loha_with_options_that_it_does_not_have(today: Any, load: Load, problems_of: Problems) -> None:
+    """One that would do nothing is dropped with a word; one that would change the result is an error."""
+    today["passes"]["ft"] = {"type": "loha", "r": 4, "rank_dropout": 0.1, "train_data_config": "train",
+                             "lora_dropout": 0.1, "decompose_both": True, "use_effective_conv2d": True}  # fmt: skip
+    config = load(today)
+    paths = {warning.path.rpartition(".")[2] for warning in config.warnings}
+    assert paths == {"lora_dropout", "decompose_both"}
+    today["passes"]["ft"]["use_dora"] = True
+    (problem,) = problems_of(today)
+    assert problem.path == "passes.ft.use_dora"
+    assert problem.message == "use_dora belongs to LoRA, DoRA, QLoRA and LoftQ; LoHa has nothing like it"
+
+
 def test_a_misspelt_task(today: Any, problems_of: Problems) -> None:
     today["input_model"]["task"] = "text-clasification"
     (problem,) = problems_of(today)

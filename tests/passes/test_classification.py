@@ -223,6 +223,35 @@ def test_a_classifier_whose_classes_nobody_named(
         train("LoRA", Artifact.load(folder), "more", r=4)
 
 
+def test_a_classifiers_adapter_that_peft_made_elsewhere(
+    llama: Path, tmp_path: Path, context: Callable[[str], Context], plan_context: PlanContext
+) -> None:
+    """Its config says nothing of the classes' names, so they are numbered."""
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    def loaded() -> Any:
+        torch.manual_seed(4)
+        return AutoModelForSequenceClassification.from_pretrained(llama, num_labels=5, dtype=torch.float32)
+
+    made = peft.get_peft_model(loaded(), peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    for name, value in made.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(std=0.1)
+    made.save_pretrained(tmp_path / "adapter")
+    model = Artifact.load(llama).with_adapter(tmp_path / "adapter")
+    spec = model.describe()
+    assert spec.task == CLASSIFICATION
+    planned = MergeAdapterWeights().plan(MergeAdapterWeightsConfig(), spec, plan_context)
+    merged = MergeAdapterWeights().run(MergeAdapterWeightsConfig(), model, context("merge"))
+    assert planned.spec.mismatch(merged.describe()) is None
+    with torch.no_grad():
+        expected = made.eval()(input_ids=torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(by_transformers(merged.path), expected, atol=EXACT)
+    assert json.loads((merged.path / "config.json").read_text())["id2label"]["4"] == "LABEL_4"
+
+
 @pytest.mark.parametrize("form", ["decoder", "encoder"])
 def test_it_learns_and_padding_does_not_matter(
     form: str, tmp_path: Path, train: Train, context: Callable[[str], Context]

@@ -20,7 +20,7 @@ from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.merge_adapter_weights import MergeAdapterWeights, MergeAdapterWeightsConfig
 from coldpress.registry import PASSES
 from fakes.tiny_models import make_checkpoint
-from oracles.trained import Trained, logits_of_checkpoint, train_with
+from oracles.trained import IDS, Trained, logits_of_checkpoint, train_with
 
 ARGUMENTS = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "seed": 1, "report_to": "none"}
 EXACT = 2e-4
@@ -144,6 +144,29 @@ def test_four_bits_go_on_as_they_were(base: Path, plan_context: PlanContext) -> 
     of_lora = lora.plan(lora.Config(train_data_config="lines"), plain, plan_context).spec
     notes = qlora.plan(qlora.Config(train_data_config="lines"), of_lora, plan_context).notes
     assert any("nothing says that the model's adapter was trained on 4-bit weights" in note for note in notes)
+
+
+@pytest.mark.parametrize("targets", [r".*\.1\.self_attn\.[qv]_proj", "all-linear", ["o_proj"]])
+def test_an_adapter_that_peft_made_elsewhere(targets: Any, base: Path, train: Train, tmp_path: Path) -> None:
+    """Its settings are read from its files, whatever form they have there."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, rank_pattern={"no_such_layer": 9})
+    made = peft.get_peft_model(model, config)
+    for name, value in made.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(std=0.1)
+    made.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = made.eval()(input_ids=torch.tensor(IDS)).logits.numpy()
+    got = train("LoRA", with_adapter(base, tmp_path / "adapter"), "on", lora_dropout=0.0)
+    assert got.planned.spec.mismatch(got.artifact.describe()) is None
+    np.testing.assert_allclose(got.untrained, expected, atol=EXACT)
+    assert np.abs(got.logits - expected).max() > 100 * EXACT
 
 
 def with_adapter(base: Path, adapter: Path) -> Artifact:

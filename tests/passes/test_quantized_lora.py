@@ -16,11 +16,12 @@ from coldpress.artifacts.base import Artifact, BaseQuantization
 from coldpress.errors import PlanError
 from coldpress.evaluate.runners import open_runner
 from coldpress.nn.adapters import four_bit_names
-from coldpress.nn.loading import load_dequantized, load_model
+from coldpress.nn.loading import four_bit_layers, load_dequantized, load_model
 from coldpress.nn.loftq import nearest_product
 from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.merge_adapter_weights import MergeAdapterWeights, MergeAdapterWeightsConfig
 from coldpress.passes.quantized_lora import LoftQ, LoftQConfig, QLoRA, QLoRAConfig
+from coldpress.registry import PASSES
 from fakes.tiny_models import make_checkpoint
 from oracles.trained import IDS, Trained, logits_of_checkpoint, train_with
 
@@ -135,6 +136,48 @@ def test_loftq_without_a_record_hands_over_what_it_was_trained_on(
     with open_runner(merged) as runner, open_runner(got.artifact) as reference:
         found, expected = np.stack(runner.logits(IDS)), np.stack(reference.logits(IDS))
     assert np.abs(found - expected).mean() < 0.05 * np.abs(expected).mean(), "rounded once to bf16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("QLoRA", {"use_dora": True, "double_quant": True}), ("LoftQ", {"use_dora": True}), ("LoftQ", {"loftq_iter": 2})],
+)
+def test_evaluating_in_between_leaves_the_weights_alone(
+    kind: str,
+    values: dict[str, Any],
+    tmp_path: Path,
+    context: Callable[[str], Context],
+    plan_context: PlanContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bitsandbytes repacks 4-bit weights in eval mode on some CPUs: what is proved later would not be what trained."""
+    import coldpress.nn.train
+
+    base = make_checkpoint(tmp_path / "bf16", family="llama")
+    kept: list[tuple[Any, Any]] = []
+    whole = coldpress.nn.train.train
+
+    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = four_bit_layers(model)
+        before = [layer.weight.data.clone() for layer in layers.values()]
+        report = whole(model, *args, **kwargs)
+        kept.extend(zip(before, layers.values(), strict=True))
+        return report
+
+    monkeypatch.setattr(coldpress.nn.train, "train", watched)
+    made = PASSES[kind]()
+    arguments = {**ARGUMENTS, "eval_strategy": "steps", "eval_steps": 1}
+    config = made.Config(**options(torch_dtype="bfloat16", eval_dataset_size=0.25, training_args=arguments, **values))
+    got = train_with(made, config, Artifact.load(base), context("train"), plan_context)
+    assert len(kept) == 12, "down_proj, 96 wide, has no whole blocks of 64"
+    for before, layer in kept:
+        assert layer.weight.data.equal(before)
+        assert layer.weight.quant_state.nested == values.get("double_quant", False)
+    # bf16 products of the training against float32 ones of the proof: near, and not the model without its adapter.
+    with open_runner(got.artifact, blocks="always") as reference:
+        found = np.stack(reference.logits(IDS))
+    away = np.abs(found - logits_of_checkpoint(got.artifact.model)).mean()
+    assert np.abs(found - got.logits).mean() < 0.3 * away
 
 
 def test_loftq_refusals(base: Path, plan_context: PlanContext) -> None:

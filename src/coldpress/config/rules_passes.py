@@ -36,6 +36,9 @@ SIBLINGS: dict[str, str] = {
 """Parameters of the LoRA family, and whose they are."""
 
 
+_OF_LORA = ("use_dora", "use_rslora", "init_lora_weights", "bias")
+"""Parameters of LoRA and its kin that change what comes out, so that nobody drops them."""
+
 _LACKING: dict[str, frozenset[str]] = {
     "ModelBuilder": frozenset(
         (
@@ -128,6 +131,8 @@ def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         elif key in SIBLINGS and key not in known and kind in TRAINING_PASSES:
             why = f"{key} belongs to {SIBLINGS[key]} and has no effect in {kind}; dropped"
             rw.drop(parent, key, why, rule="pass.sibling", warn=True)
+        elif key in _OF_LORA and key not in known and kind in TRAINING_PASSES:
+            rw.refuse(parent, key, f"{key} belongs to LoRA, DoRA, QLoRA and LoftQ; {kind} has nothing like it")
         elif kind in _LACKING and key in _LACKING[kind] and key not in known:
             if node.value in (None, False):
                 rw.drop(parent, key, "off", rule=f"{kind}.{key}")

@@ -52,12 +52,11 @@ def load_model(
             new = {name for name, (_, own) in made.items() if own is None}
             stored = [info for info, _ in made.values()]
         matrices = {info.name.removesuffix(".weight"): info.shape for info in stored if len(info.shape) == 2}
-        if tensors.packings and classifier is not None:
-            raise CheckpointError(f"{folder} is quantized: no classifier is made of it", hint="take the unquantized")
         if tensors.packings:
-            if quantization is not None:
+            if quantization is not None or classifier is not None:
+                what = "it cannot be held in 4 bits of bitsandbytes" if quantization else "no classifier is made of it"
                 raise CheckpointError(
-                    f"{folder} is quantized already, so it cannot be loaded in 4 bits of bitsandbytes",
+                    f"{folder} is quantized already, so {what}",
                     hint="take the unquantized model, or train a plain LoRA adapter",
                 )
             model = load_outline(folder, _read_all(tensors), trust_remote_code=trust_remote_code)
@@ -100,14 +99,18 @@ def load_model(
         ) from error
     _refuse_missing(folder, set(info["missing_keys"]) - new)
     if quantization is not None:
-        layers = four_bit_layers(model)
-        wanted = set(_quantized(matrices, classifier))
-        if set(layers) != wanted:
-            odd = sorted(set(layers) ^ wanted)
-            raise CheckpointError(f"bitsandbytes quantized other layers of {folder} than asked, the first: {odd[0]}")
-        for layer in layers.values():
-            layer.support_avx512bf16_for_cpu = False
+        _keep_four_bits(model, set(_quantized(matrices, classifier)), folder)
     return model
+
+
+def _keep_four_bits(model: Any, wanted: set[str], folder: Path) -> None:
+    """Check which layers bitsandbytes quantized, and keep it from repacking them: see the top of the module."""
+    layers = four_bit_layers(model)
+    if set(layers) != wanted:
+        odd = sorted(set(layers) ^ wanted)
+        raise CheckpointError(f"bitsandbytes quantized other layers of {folder} than asked, the first: {odd[0]}")
+    for layer in layers.values():
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _read_all(tensors: Checkpoint) -> dict[str, torch.Tensor]:
