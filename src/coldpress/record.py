@@ -192,6 +192,8 @@ class TrainingSummary(_Part):
     """How much of the model."""
     device: str = ""
     """Name of the processor or GPU."""
+    ranks: int = 1
+    """Processes that trained together; a step has as many times the rows that the arguments say."""
 
 
 class TrainingRecord(TrainingSummary):
@@ -230,6 +232,8 @@ class StepRecord(_Part):
     """Highest resident memory of its process."""
     peak_anonymous_bytes: int
     """The part of it that no file backs."""
+    ranks: int = 1
+    """Processes that ran it together; time and memory are those of the first."""
     path: str
     """Its result in the cache."""
     model: ModelRecord | None = None

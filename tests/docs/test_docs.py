@@ -35,6 +35,7 @@ PAGES = (
     "docs/proof.md",
     "docs/adapters.md",
     "docs/methods.md",
+    "docs/processes.md",
     "docs/families.md",
     "docs/profiles.md",
     "docs/events.md",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 
 from coldpress.config.schema import LocalSystem, Workflow
@@ -41,6 +42,9 @@ def training_hosts(
         hosts, problems = read_hosts(path, default_slots=devices)
         if problems:
             return (), problems
+    away = next((host.name for host in hosts if not host.here), None)
+    if away is not None and shutil.which("ssh") is None:
+        refuse(f"{away} is another machine, and the program ssh is not here", key, "install OpenSSH's client")
     here, gpus = _here(hosts), len(hardware.gpus)
     if system.accelerators[0].device == "gpu" and here > gpus > 0:
         refuse(f"{here} processes need a GPU each, and this machine has {gpus}", key, "ask for fewer")

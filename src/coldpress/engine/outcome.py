@@ -135,6 +135,7 @@ class Outcome:
             seconds=result.seconds,
             peak_bytes=result.peak_bytes,
             peak_anonymous_bytes=result.peak_anonymous_bytes,
+            ranks=result.ranks,
             path=str(result.path),
             model=_model(step.spec, Artifact.load(result.path)),
             parity=None if result.parity is None else _parity(result.parity),

@@ -319,7 +319,8 @@ class _Planner:
             made = PASSES[entry.type]()
             mine = hosts if getattr(made, "distributed", False) else ()
             ranks = sum(host.slots for host in mine) or 1
-            env = dataclasses.replace(one_process, ranks=ranks)
+            crowded = max((host.slots for host in mine), default=1) if accelerator.device == "cpu" else 1
+            env = dataclasses.replace(one_process, ranks=ranks, neighbours=crowded)
             unknown = spec.unknown
             estimate: Estimate | None = None
             limits = None

@@ -68,6 +68,8 @@ class PlanContext:
     """Size of the files behind each data config; absent where unknown."""
     ranks: int = 1
     """Processes that run the step together, where the pass can (`distributed`)."""
+    neighbours: int = 1
+    """Ranks that share the memory of one device."""
 
     def data(self, reference: str | DataConfig) -> DataConfig:
         return _data_config(self.data_configs, reference)

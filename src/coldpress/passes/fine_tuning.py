@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from coldpress.artifacts.base import Spec
@@ -21,7 +22,7 @@ from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.classification import for_classifier, refuse_unclassifiable
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
-from coldpress.passes.training_estimate import TrainingMemory, choose_batching, free_memory, size_of
+from coldpress.passes.training_estimate import TrainingMemory, choose_batching, divided, free_memory, size_of
 from coldpress.passes.training_ranks import ranks_note, refuse_sharding
 
 __all__ = [
@@ -201,8 +202,10 @@ def _batching(config: TrainingConfig, prepared: Prepared, memory: TrainingMemory
     """How much runs at once, from the longest record and the memory that is free now."""
     device = ctx.accelerator.device
     longest = max(max(getattr(one, "lengths", None) or (len(one.ids),)) for one in prepared.train.sequences)
-    room = free_memory(ctx.hardware, ctx.accelerator)
-    batching, said = choose_batching(config, memory, room, device, longest)
+    room = free_memory(ctx.hardware, ctx.accelerator, ctx.neighbours)
+    batching, said = choose_batching(config, divided(memory, config, ctx.ranks), room, device, longest)
+    if ctx.ranks > 1 and config.training_args.get("fsdp"):
+        batching = replace(batching, room=None)  # before the model is divided, a micro-batch would show too much
     if said:
         ctx.emit(Message("info", said, ctx.step))
     return batching

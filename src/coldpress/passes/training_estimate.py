@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.base import BaseQuantization, Spec
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingMemory",
     "choose_batching",
+    "divided",
     "free_memory",
     "rows_of_step",
     "size_of",
@@ -178,10 +179,20 @@ def choose_batching(
     )
 
 
-def free_memory(hardware: Hardware, accelerator: Accelerator) -> int:
-    """Bytes that a training may plan with: what is free, or what the config says where that is less."""
-    free = hardware.gpus[0].memory if accelerator.device == "gpu" else hardware.available
+def free_memory(hardware: Hardware, accelerator: Accelerator, neighbours: int = 1) -> int:
+    """Bytes that a process may plan with: its share of what is free, or what the config says where that is less."""
+    free = (hardware.gpus[0].memory if accelerator.device == "gpu" else hardware.available) // neighbours
     return free if accelerator.memory is None else min(free, parse_size(accelerator.memory))
+
+
+def divided(memory: TrainingMemory, config: TrainingConfig, ranks: int) -> TrainingMemory:
+    """What is left for each of several processes: under FSDP its part of the weights, and two blocks gathered."""
+    if ranks == 1 or not config.training_args.get("fsdp"):
+        return memory
+    block = (memory.weights + memory.trained // 4) // memory.layers
+    return replace(
+        memory, weights=memory.weights // ranks, trained=memory.trained // ranks, fixed=memory.fixed + 2 * block
+    )
 
 
 def training_estimate(
@@ -194,24 +205,31 @@ def training_estimate(
     *,
     written: int,
 ) -> Estimate:
-    """Memory: see the top. Time: 4 operations a weight and token, 6 where all weights train. `written`: bytes of the
-    result, of which there are two checkpoints with optimizer states meanwhile."""
+    """Memory: see the top; of one process. Time: 4 operations a weight and token, 6 where all weights train. `written`:
+    bytes of the result, of which there are two checkpoints with optimizer states meanwhile."""
     device = env.accelerator.device
     rows = rows_of_step(config.training_args)
     at_once = rows if config.batch == "auto" else min(rows, config.batch)
-    total = _total_tokens(config, env, data_name, rows, length)
+    total = _total_tokens(config, env, data_name, rows * env.ranks, length)
+    operations_of_token = (6 if memory.weights == 0 else 4) * spec.parameters
+    part = divided(memory, config, env.ranks)
+    # What FSDP divides is loaded whole by each process first.
+    loaded = 0 if part is memory else memory.weights or 4 * spec.parameters
+    memory = part
     tokens = int(min(max(length, min(at_once * length, _AT_ONCE[device])), max(total, length)))
     checkpointing = bool(config.training_args.get("gradient_checkpointing"))
     if not checkpointing and config.training_args.get("gradient_checkpointing") is None:
-        checkpointing = memory.total(length, False) > free_memory(env.hardware, env.accelerator) * _ROOM
+        room = free_memory(env.hardware, env.accelerator, env.neighbours)
+        checkpointing = memory.total(length, False) > room * _ROOM
     needed = memory.total(tokens, checkpointing)
     on_gpu = device == "gpu"
-    operations = (6 if memory.weights == 0 else 4) * spec.parameters * total * (4 / 3 if checkpointing else 1)
+    operations = operations_of_token * total * (4 / 3 if checkpointing else 1)
+    machines = env.ranks / env.neighbours  # processors or GPUs that work at once
     return Estimate(
-        ram=memory.process + (2 * memory.weights if on_gpu else needed - memory.process),
+        ram=memory.process + max(loaded, 2 * memory.weights if on_gpu else needed - memory.process),
         vram=needed - memory.process if on_gpu else 0,
         disk=written * 8,
-        seconds=5.0 + operations / _speed(env.hardware, device, config),
+        seconds=5.0 + operations / (_speed(env.hardware, device, config) * machines),
     )
 
 

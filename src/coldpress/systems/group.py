@@ -84,7 +84,7 @@ class WorkerGroup:
         results: dict[int, dict[str, Any]] = {}
         errors: dict[int, ColdpressError] = {}
         until: float | None = None
-        while len(results) + len(errors) < self.ranks:
+        while len(results) + len(errors) < self.ranks and (until is None or time.monotonic() < until):
             try:
                 rank, answer = answers.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
             except queue.Empty:
