@@ -39,6 +39,8 @@ class Prepared:
     max_seq_len: int
     notes: tuple[str, ...] = ()
     """Worth a warning: what was left out, clamped or found twice."""
+    facts: tuple[str, ...] = ()
+    """Worth a line."""
     classes: tuple[str, ...] | None = None
     """Names of the classes by their index, in sequence classification."""
 
@@ -129,10 +131,10 @@ def _classified(
         for row, label in zip(encode(texts, pre, tokenizer), labels, strict=True)
     ]
     if held_out is None or isinstance(held_out, DataConfig):
-        return Prepared(Packed(sequences, len(sequences)), None, length, (), names)
+        return Prepared(Packed(sequences, len(sequences)), None, length, classes=names)
     split = split_rows([one.text for one in texts], held_out, seed)
     train, other = ([sequences[row] for row in rows] for rows in (split.train, split.held_out))
-    return Prepared(Packed(train, len(train)), Packed(other, len(other)), length, (), names)
+    return Prepared(Packed(train, len(train)), Packed(other, len(other)), length, classes=names)
 
 
 def _packed(

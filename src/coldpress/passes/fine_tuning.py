@@ -125,6 +125,8 @@ def prepared_data(config: TrainingConfig, spec: Spec, tokenizer: Tokenizer, ctx:
     )
     for note in prepared.notes:
         ctx.emit(Message("warning", note, ctx.step))
+    for fact in prepared.facts:
+        ctx.emit(Message("info", fact, ctx.step))
     if classifies:
         prepared = for_classifier(prepared, spec, tokenizer)
     train, held = prepared.train, prepared.held_out
