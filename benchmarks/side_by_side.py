@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
-__all__ = ["Measured", "in_turn", "machine", "measure", "peer_python", "report", "verdict"]
+__all__ = ["Measured", "in_turn", "machine", "markdown", "measure", "peer_python", "report", "verdict"]
 
 HERE = Path(__file__).resolve().parent
 T = TypeVar("T")
@@ -36,6 +36,9 @@ class Measured:
     """Of the machine in the minute before the run."""
     status: int = 0
     """Exit status; negative is the signal that killed it."""
+    largest_anonymous: int = 0
+    """Bytes, of the one process that had the most."""
+    largest_resident: int = 0
 
 
 def measure(
@@ -56,7 +59,7 @@ def measure(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    peak = {"anonymous": 0, "resident": 0}
+    peak = {"anonymous": 0, "resident": 0, "largest_anonymous": 0, "largest_resident": 0}
     done = threading.Event()
 
     def watch() -> None:
@@ -73,8 +76,12 @@ def measure(
                 except OSError:
                     continue
                 fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-                anonymous += int(fields.get("RssAnon", "0 kB").split()[0]) << 10
-                resident += int(fields.get("VmRSS", "0 kB").split()[0]) << 10
+                its_anonymous = int(fields.get("RssAnon", "0 kB").split()[0]) << 10
+                its_resident = int(fields.get("VmRSS", "0 kB").split()[0]) << 10
+                peak["largest_anonymous"] = max(peak["largest_anonymous"], its_anonymous)
+                peak["largest_resident"] = max(peak["largest_resident"], its_resident)
+                anonymous += its_anonymous
+                resident += its_resident
             peak["anonymous"] = max(peak["anonymous"], anonymous)
             peak["resident"] = max(peak["resident"], resident)
 
@@ -86,7 +93,16 @@ def measure(
     thread.join()
     if process.returncode != 0 and not allow_failure:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-4000:]}")
-    return Measured(seconds, peak["anonymous"], peak["resident"], output, load, process.returncode)
+    return Measured(
+        seconds,
+        peak["anonymous"],
+        peak["resident"],
+        output,
+        load,
+        process.returncode,
+        peak["largest_anonymous"],
+        peak["largest_resident"],
+    )
 
 
 def in_turn(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
@@ -127,6 +143,12 @@ def peer_python(name: str, requirements: Sequence[str], environment: Mapping[str
 def verdict(value: float, bar: float, *, most: bool = True) -> str:
     """`most`: the value may be the bar at most; otherwise at least."""
     return "reached" if (value <= bar if most else value >= bar) else "NOT reached"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
 
 
 def report(title: str, runs: Mapping[str, Sequence[Measured]], *, bar: float | None = None) -> str:

@@ -39,6 +39,15 @@ def phrases() -> Path:
     return ROOT / "examples" / "phrase-classification" / "dataset"
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a real run on a tiny model; whoever changes something copies it first."""
+    import coldpress
+    from fakes.tiny_runs import tiny_project
+
+    return coldpress.run(tiny_project(tmp_path_factory.mktemp("tiny"))).record.parent
+
+
 @pytest.fixture
 def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mount a small disk (`disk_of("6m")`), where this process may mount one."""

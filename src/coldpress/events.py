@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "EvaluationLoss",
     "Event",
     "Message",
     "ParityMeasured",
@@ -45,13 +46,30 @@ class StepStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a step stands. `values` are figures worth showing: `loss`, `tokens_per_second`, `learning_rate` ..."""
+    """Where a step stands. `values` are figures worth showing.
+
+    `loss`, `eval_loss`, `best_eval_loss` in nats per token; `learning_rate`, `grad_norm`; `tokens_per_second`;
+    `eta_seconds`; `memory_bytes`, the resident memory of the step's process.
+    """
 
     step: str
     done: float
     total: float
     unit: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationLoss:
+    """Loss on held-out data, in the middle of a training or at its end. Nats per token."""
+
+    step: str
+    at: int
+    """Training steps made."""
+    loss: float
+    best: float
+    """The lowest so far, this one included."""
+    best_at: int
 
 
 @dataclass(frozen=True)
@@ -90,9 +108,13 @@ class ScoreMeasured:
     model: str
     metric: str
     value: float
-    standard_error: float
+    standard_error: float | None
+    """None where there is nothing to estimate it from."""
     n: int
+    """What it was measured on: records, tokens, repeats."""
     cached: bool = False
+    unit: str = ""
+    """share, bytes, ms ...; empty for a bare number."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +159,7 @@ Event = (
     RunStarted
     | StepStarted
     | Progress
+    | EvaluationLoss
     | Message
     | ParityMeasured
     | ScoreMeasured
@@ -153,6 +176,7 @@ _TYPES: dict[str, type[Any]] = {
         RunStarted,
         StepStarted,
         Progress,
+        EvaluationLoss,
         Message,
         ParityMeasured,
         ScoreMeasured,

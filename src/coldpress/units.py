@@ -1,8 +1,11 @@
-"""Bytes and seconds as people read them."""
+"""Bytes, seconds and measured values as people read them."""
 
 from __future__ import annotations
 
-__all__ = ["duration", "size"]
+import math
+import re
+
+__all__ = ["duration", "parse_size", "quantity", "size", "spread"]
 
 
 def size(count: float | None) -> str:
@@ -13,6 +16,17 @@ def size(count: float | None) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of `8GB`, `7.5 GiB`, `512M` or a number; raises ValueError."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no size such as 8GB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
 
 
 def duration(seconds: float | None) -> str:
@@ -26,3 +40,24 @@ def duration(seconds: float | None) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A measured value with its unit: a `share` in percent, `bytes` as a size."""
+    if value is None or not math.isfinite(value):
+        return "not a number"
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit == "bytes":
+        return size(value)
+    text = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{text} {unit}".rstrip()
+
+
+def spread(error: float | None, unit: str) -> str:
+    """A standard error to stand behind its value; empty where there is none."""
+    if error is None or not math.isfinite(error):
+        return ""
+    if unit == "share":
+        return f"± {100 * error:.1f}"
+    return f"± {size(error) if unit == 'bytes' else f'{error:.2g}'}"

@@ -30,13 +30,40 @@ def coldpress(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subp
 def test_help_lists_every_verb() -> None:
     done = coldpress("--help")
     assert done.returncode == 0
-    for verb in ("run", "check", "plan", "migrate", "schema", "data", "finetune", "build", "generate", "chat", "cache"):
+    for verb in (
+        "run",
+        "check",
+        "plan",
+        "migrate",
+        "schema",
+        "data",
+        "finetune",
+        "build",
+        "generate",
+        "chat",
+        "cache",
+        "report",
+    ):
         assert f"\n  {verb}" in done.stdout
 
 
 @pytest.mark.parametrize(
     "verb",
-    ["run", "check", "plan", "migrate", "schema", "data", "finetune", "build", "generate", "chat", "cache", "doctor"],
+    [
+        "run",
+        "check",
+        "plan",
+        "migrate",
+        "schema",
+        "data",
+        "finetune",
+        "build",
+        "generate",
+        "chat",
+        "cache",
+        "doctor",
+        "report",
+    ],
 )
 def test_every_verb_has_help(verb: str) -> None:
     done = coldpress(verb, "--help")

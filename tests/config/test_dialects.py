@@ -222,7 +222,6 @@ def test_olive_0_6_defaults_are_written_out_and_told(local: Any, load: Load) -> 
         "gradient_accumulation_steps": 16,
         "max_steps": 10000,
         "learning_rate": 2e-4,
-        "gradient_checkpointing": True,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.03,
         "logging_steps": 10,
@@ -252,7 +251,6 @@ def test_todays_defaults(today: Any, load: Load) -> None:
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.03,
-        "gradient_checkpointing": True,
         "report_to": "none",
         "eval_strategy": "no",
     }
@@ -794,6 +792,18 @@ def test_legacy_training_arguments(today: Any, load: Load) -> None:
         "train_sampling_strategy": "random",
     }
     assert [warning.path for warning in config.warnings] == ["passes.ft.training_args.output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "kept"),
+    [(None, False), ("none", False), (["none"], False), ("tensorboard", True), (["mlflow", "tensorboard"], True)],
+)
+def test_a_logging_dir_is_kept_for_those_who_log(today: Any, load: Load, report_to: Any, kept: bool) -> None:
+    arguments = {"logging_dir": "runs", **({} if report_to is None else {"report_to": report_to})}
+    today["passes"]["ft"]["training_args"] = arguments
+    config = load(today)
+    assert config.document["passes"]["ft"]["training_args"].get("logging_dir") == ("runs" if kept else None)
+    assert any("report_to names no service" in str(one) for one in config.rewrites) == (not kept)
 
 
 def test_warmup_steps_win_over_the_ratio(today: Any, load: Load) -> None:

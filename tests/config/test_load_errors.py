@@ -279,7 +279,7 @@ def test_a_whole_mapping_in_the_wrong_place_is_one_problem(today: Any, problems_
         ("text_template", "{phrase", "text_template", "not a template"),
         ("text_template", "no column", "text_template", "names no column"),
         ("text_template", "{} x", "text_template", "{} names no column"),
-        ("completion_only_loss", True, "completion_only_loss", "needs one record a sequence"),
+        ("completion_only_loss", True, "completion_only_loss", "needs whole records in a sequence"),
     ],
 )
 def test_values_that_contradict_each_other(
@@ -289,6 +289,49 @@ def test_values_that_contradict_each_other(
     problems = problems_of(today)
     assert {problem.path for problem in problems} == {f"data_configs.0.pre_process_data_config.{path}"}
     assert what in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("block", "path", "what"),
+    [
+        ({"text_template": "{a}{b|loss}", "completion_only_loss": False}, "completion_only_loss", "marks an answer"),
+        ({"text_field": "a", "completion_only_loss": True}, "completion_only_loss", "needs label_col"),
+        ({"format": "text", "completion_only_loss": True}, "completion_only_loss", "needs label_col"),
+        ({"drop_short_sequences": True}, "drop_short_sequences", "does not go with pack"),
+        ({"format": "sharegpt", "text_template": "{a}"}, "text_template", "does not go with format sharegpt"),
+        ({"format": "alpaca", "text_cols": ["a"]}, "text_cols", "does not go with format alpaca"),
+        ({"format": "text", "chat_template": True}, "chat_template", "does not go with format text"),
+        ({"use_attention_mask": False, "pad_to_max_len": True}, "use_attention_mask", "would be attended to"),
+        ({"format": "chatml"}, "format", "must be one of"),
+        ({"assistant_turns": "first"}, "assistant_turns", "must be one of"),
+    ],
+)
+def test_packs_and_formats_that_contradict(
+    today: Any, problems_of: Problems, block: dict[str, Any], path: str, what: str
+) -> None:
+    del today["evaluators"], today["evaluator"]
+    today["data_configs"][0]["pre_process_data_config"] = {"strategy": "pack", **block}
+    (problem,) = problems_of(today)
+    assert problem.path == f"data_configs.0.pre_process_data_config.{path}"
+    assert what in problem.message
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"completion_only_loss": True},
+        {"completion_only_loss": None, "format": None, "assistant_turns": None},
+        {"format": "alpaca", "completion_only_loss": True, "chat_template": True},
+        {"text_template": "{a b}{c|loss}", "completion_only_loss": True},
+        {"text_template": "{a}{c:d|loss}"},
+        {"format": "text", "text_field": "a", "label_col": "a", "completion_only_loss": True},
+    ],
+)
+def test_packs_and_formats_that_go_together(today: Any, load: Any, block: dict[str, Any]) -> None:
+    del today["evaluators"], today["evaluator"]
+    today["data_configs"][0]["pre_process_data_config"] = {"strategy": "pack", **block}
+    read = load(today).workflow.data_configs[0].pre_process_data_config
+    assert (read.strategy, read.format) == ("pack", block.get("format") or "auto")
 
 
 def test_padding_without_a_mask(today: Any, problems_of: Problems) -> None:

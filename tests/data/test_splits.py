@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldpress.data.splits import overlap, split_rows, split_seed
+from coldpress.data.splits import split_rows, split_seed
 from coldpress.errors import DataError
 
 
@@ -27,23 +27,23 @@ def test_equal_rows_stay_together(keys: list[int], seed: int) -> None:
         return
     assert sorted(split.train + split.held_out) == list(range(len(keys)))
     assert not {keys[row] for row in split.train} & {keys[row] for row in split.held_out}
-    assert len(split.held_out) <= round(len(keys) * 0.25)
+    assert len(split.held_out) <= max(round(len(keys) * 0.25), 1)
     assert split.moved == len(keys) - len(set(keys))
 
 
-@pytest.mark.parametrize("size", [0.001, 10, 50, 0.99999])
-def test_an_empty_side(size: float) -> None:
+@pytest.mark.parametrize(("rows", "size"), [(10, 10), (10, 50), (10, 0.99999), (1, 0.1), (1, 1)])
+def test_an_empty_side(rows: int, size: float) -> None:
     with pytest.raises(DataError, match="both sides need at least one row"):
-        split_rows(list(range(10)), size, 0)
+        split_rows(list(range(rows)), size, 0)
+
+
+def test_a_share_of_few_rows_is_one_row() -> None:
+    assert [len(split_rows(list(range(rows)), 0.1, 0).held_out) for rows in (2, 3, 4, 10, 16)] == [1, 1, 1, 1, 2]
 
 
 def test_one_text_only() -> None:
     with pytest.raises(DataError, match="only 1 different texts"):
         split_rows(["a"] * 10, 3, 0)
-
-
-def test_overlap() -> None:
-    assert overlap(["a", "b", "b"], ["b", "b", "c"]) == 2
 
 
 def test_split_seed() -> None:

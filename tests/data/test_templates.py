@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coldpress.config.schema import PreProcess
 from coldpress.data.sources import Records
-from coldpress.data.templates import Rendered, columns_of, encode, render, render_all
+from coldpress.data.templates import Rendered, columns_of, encode, marked_columns, render, render_all
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 
@@ -64,7 +67,8 @@ def test_errors() -> None:
 
 def test_chat(tokenizer: Tokenizer) -> None:
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
-    one = render(row, settings(chat_template=True), tokenizer)
+    assert render(row, settings(chat_template=True), tokenizer).spans is None, "the whole text carries loss"
+    one = render(row, settings(chat_template=True, completion_only_loss=True), tokenizer)
     assert one.text == "user: hi<|end|>assistant: yo<|end|>"
     assert one.text[one.answer_start :] == "yo<|end|>"
     assert render(row, settings(chat_template=True), tokenizer, answer="no").text.endswith("assistant: no<|end|>")
@@ -96,3 +100,57 @@ def test_a_token_across_the_border_is_answer(shared: Any) -> None:
         assert one.answer_start is not None
         first, last = encoding.offsets[one.answer_start]
         assert first <= start < last or text[start] == " "
+
+
+def test_two_answers_in_a_template() -> None:
+    pre = settings(text_template="{phrase|loss}: {tone|loss}!")
+    one = render(ROW, pre)
+    assert one.spans is not None
+    assert [one.text[start:end] for start, end in one.spans] == ["so {nice}", "joy!"]
+    assert (one.answer, one.text[one.answer_start :]) == ("joy", "joy!")
+    assert render(ROW, pre, answer="fear").text == "so {nice}: fear!"
+    assert marked_columns(pre) == ("phrase", "tone")
+    assert columns_of(pre) == (("phrase", "tone"), "text_template")
+    labelled = render(ROW, settings(text_template="{phrase|loss}: {tone}", label_col="tone"))
+    assert labelled.answer == "joy"
+    assert labelled.spans == ((0, len(labelled.text)),), "marks say where loss is, label_col what is scored"
+
+
+def test_values_that_are_not_text() -> None:
+    for value, kind in ((["a"], "a list"), ({"a": 1}, "an object"), (b"a", "bytes")):
+        with pytest.raises(DataError, match=f"'text' holds {kind}, not text") as error:
+            render({"text": value}, settings())
+        assert "column of text" in str(error.value.hint)
+    assert render({"text": 0}, settings()).text == "0"
+    assert render({"text": True}, settings()).text == "True", "as Python writes it, and Olive"
+
+
+def test_a_stop_token_after_an_answer_belongs_to_it(tokenizer: Tokenizer) -> None:
+    pre = settings(text_template="{q}:{a|loss}</s>{b}:{c|loss}<|end|>", add_special_tokens=False)
+    text = render({"q": "q", "a": "xy", "b": "b", "c": "z"}, pre)
+    (one,) = encode([text], pre, tokenizer)
+    assert one.spans is not None
+    assert ["".join(map(tokenizer.token, one.ids[start:end])) for start, end in one.spans] == ["xy</s>", "z<|end|>"]
+
+
+@pytest.mark.parametrize("model", ["phi3-7m", "stories260K-hd16", "stories1M-char361"])
+def test_places_in_characters_are_places_in_tokens(shared: Any, model: str) -> None:
+    """Against the offsets of all tokens, on texts of every kind."""
+    tokenizer = Tokenizer.load(shared / "models" / model)
+
+    @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), st.data())
+    @hypothesis.settings(max_examples=300, deadline=None)
+    def check(text: str, data: st.DataObject) -> None:
+        begin = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(begin, len(text)))
+        (one,) = encode([Rendered(text, begin, None, ((begin, end),))], settings(add_special_tokens=False), tokenizer)
+        (encoding,) = tokenizer.encode([text])
+        size = len(encoding.ids)
+        first = next((place for place, (_, stop) in enumerate(encoding.offsets) if stop > begin), size)
+        after = next((place for place, (start, _) in enumerate(encoding.offsets) if start >= end), size)
+        assert one.answer_start == first
+        assert one.spans is not None
+        assert one.spans[0][0] == first
+        assert one.spans[0][1] in (after, after + 1), "and the token that ends the text, if it comes next"
+
+    check()

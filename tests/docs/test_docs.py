@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
+from coldpress import events
 from coldpress.registry import PASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_pass_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_passes", ROOT / "docs" / "make_passes.py")
+@pytest.mark.parametrize(("maker", "made"), [("make_passes.py", "passes.md"), ("make_record.py", "run-record.md")])
+def test_what_is_made_from_the_code_is_current(maker: str, made: str) -> None:
+    spec = importlib.util.spec_from_file_location(maker.removesuffix(".py"), ROOT / "docs" / maker)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "passes.md").read_text(encoding="utf-8") == module.page(), "run python docs/make_passes.py"
+    assert (ROOT / "docs" / made).read_text(encoding="utf-8") == module.page(), f"run python docs/{maker}"
 
 
 PAGES = (
@@ -32,6 +37,10 @@ PAGES = (
     "docs/methods.md",
     "docs/families.md",
     "docs/profiles.md",
+    "docs/events.md",
+    "docs/run-record.md",
+    "docs/report.md",
+    "docs/watching.md",
 )
 
 
@@ -66,3 +75,22 @@ def test_the_limits_of_the_docs_are_those_of_the_code() -> None:
         for precision in row:
             config = builder.Config(precision=precision)
             assert rows[f"`ModelBuilder` {names}"] == figures(builder.limits(config, None))
+
+
+def test_every_event_and_field_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", text, re.MULTILINE))
+    kinds = typing.get_args(events.Event)
+    assert rows.keys() == {kind.__name__ for kind in kinds}
+    for kind in kinds:
+        names = re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", rows[kind.__name__]))
+        assert names == [field.name for field in dataclasses.fields(kind)], kind.__name__
+
+
+def test_the_example_line_of_the_docs_reads_back() -> None:
+    text = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    assert [json.loads(events.event_to_json(events.event_from_dict(json.loads(line)))) for line in lines] == [
+        json.loads(line) for line in lines
+    ]
+    assert lines

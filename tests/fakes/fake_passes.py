@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from coldpress.artifacts.base import Artifact, Spec
 from coldpress.config.schema import Frozen
-from coldpress.errors import PlanError, StepError
+from coldpress.errors import Interrupted, PlanError, StepError
 from coldpress.events import Message, Progress
 from coldpress.passes.base import Context, Estimate, Limits, PlanContext, Planned
 
@@ -67,3 +70,57 @@ class Fake:
             (ctx.output / "genai_config.json").write_text("{}")
             return replace(made, kind="onnx", model=ctx.output)
         return made
+
+
+class TogetherConfig(Frozen):
+    behave: Literal["ok", "fail", "killed", "endless"] = "ok"
+    """What the last rank does, while the others wait for it."""
+
+
+class Together:
+    """Several processes do it: each leaves a mark in the work folder, and waits for the marks of the others."""
+
+    Config = TogetherConfig
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy",)
+    preload: ClassVar[tuple[str, ...]] = ()
+    needs_torch: ClassVar[bool] = False
+    distributed: ClassVar[bool] = True
+
+    def plan(self, config: TogetherConfig, spec: Spec, env: PlanContext) -> Planned:
+        return Planned(spec, Estimate(ram=1000, disk=100, seconds=1.0), notes=(f"{env.ranks} ranks",))
+
+    def limits(self, config: TogetherConfig, spec: Spec) -> Limits | None:
+        return None
+
+    def run(self, config: TogetherConfig, model: Artifact, ctx: Context) -> Artifact:
+        sys.stderr.write(f"rank {ctx.rank} was here\n")
+        stopped: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+        names = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
+        )
+        facts = {name: os.environ.get(name) for name in (*names, "CUDA_VISIBLE_DEVICES", "FAKE_HOST", "FAKE_SETTING")}
+        (ctx.work / f"rank-{ctx.rank}").write_text(json.dumps({**facts, "cwd": str(Path.cwd())}))
+        (ctx.output / "mine").write_text(str(ctx.rank))
+        if config.behave != "ok" and ctx.rank == ctx.ranks - 1:
+            if config.behave == "fail":
+                raise StepError("the last rank fails on purpose")
+            if config.behave == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+        while config.behave != "ok" or len(list(ctx.work.glob("rank-*"))) < ctx.ranks:
+            time.sleep(0.01)
+            if stopped:
+                (ctx.work / f"saved-{ctx.rank}").touch()
+                raise Interrupted("saved on the way out")
+        ctx.emit(Message("info", f"rank {ctx.rank} says so", ctx.step))
+        # Kept in the result, since the work folder goes when the step is done.
+        for path in sorted(ctx.work.glob("rank-*")) if ctx.rank == 0 else ():
+            (ctx.output / f"{path.name}.json").write_text(path.read_text())
+        return replace(model, path=ctx.output, tokenizer=model.tokenizer_path)

@@ -136,6 +136,22 @@ def test_four_bit_weights_survive_a_forward_in_eval_mode(tiny_phi3: Path) -> Non
     assert all(torch.equal(after[name][2], before[name][2]) for name in before)
 
 
+def test_a_tied_head_stays_out_of_the_four_bits(tmp_path: Path) -> None:
+    """Its weight is the embedding's, so no tensor of the checkpoint bears its name."""
+    pytest.importorskip("bitsandbytes")
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16", quantization=NF4)
+    assert len(four_bit_layers(model)) == 7
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_the_dequantized_model_is_the_four_bit_one(tiny_phi3: Path) -> None:
     pytest.importorskip("bitsandbytes")
     import torch

@@ -15,9 +15,10 @@ import pytest
 
 from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.errors import Interrupted, TrainingError
-from coldpress.events import Event, Progress
+from coldpress.events import EvaluationLoss, Event, Message, Progress
+from coldpress.nn.checkpoints import last_checkpoint
 from coldpress.nn.loading import load_model
-from coldpress.nn.train import TrainingReport, collate, last_checkpoint, train
+from coldpress.nn.train import Batching, Stopping, TrainingReport, train
 
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -40,21 +41,33 @@ def sequences(count: int = 12) -> list[TokenSequence]:
     return made
 
 
-def adapted(folder: Path) -> Any:
+def adapted(folder: Path, dropout: float = 0.1, dtype: str = "float32") -> Any:
     import peft
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = load_model(folder, dtype="float32")
-        return peft.get_peft_model(
+        model = load_model(folder, dtype=dtype)
+        made = peft.get_peft_model(
             model,
-            peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["o_proj"], task_type="CAUSAL_LM"),
+            peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["o_proj"], task_type="CAUSAL_LM"),
         )
+        for value in made.parameters():
+            value.data = value.data.float() if value.requires_grad else value.data
+        return made
 
 
-def run(folder: Path, work: Path, emit: Any = lambda event: None, **arguments: Any) -> tuple[TrainingReport, Any]:
-    model = adapted(folder)
+def run(
+    folder: Path,
+    work: Path,
+    emit: Any = lambda event: None,
+    *,
+    dropout: float = 0.1,
+    batching: Batching | None = None,
+    stopping: Stopping | None = None,
+    **arguments: Any,
+) -> tuple[TrainingReport, Any]:
+    model = adapted(folder, dropout)
     report = train(
         model,
         sequences(),
@@ -64,6 +77,8 @@ def run(folder: Path, work: Path, emit: Any = lambda event: None, **arguments: A
         work=work,
         step="t",
         emit=emit,
+        batching=batching,
+        stopping=stopping,
     )
     return report, {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
@@ -103,6 +118,10 @@ def test_progress_and_evaluation(tiny_phi3: Path, tmp_path: Path) -> None:
     assert steps[-1].values["loss"] == report.losses[-1]
     assert len([point for point in report.log if "eval_loss" in point]) == 2
     assert report.eval_loss is not None
+    found = [event for event in events if isinstance(event, EvaluationLoss)]
+    assert [event.at for event in found] == [4, 8]
+    assert [event.loss for event in found] == [point["eval_loss"] for point in report.log if "eval_loss" in point]
+    assert (found[1].best, found[1].best_at) == min((event.loss, event.at) for event in found)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(
@@ -129,14 +148,14 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from nn.test_train import run
-from coldpress.events import Progress
+from coldpress.events import Event, Message, Progress
 
 def kill(event):
     if isinstance(event, Progress) and event.done >= 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-import coldpress.nn.train
-coldpress.nn.train.PROGRESS_SECONDS = 0
+import coldpress.nn.watch
+coldpress.nn.watch.PROGRESS_SECONDS = 0
 run(Path({model!r}), Path({work!r}), kill)
 """
 
@@ -163,7 +182,7 @@ def test_a_loss_that_is_not_finite(tiny_phi3: Path, tmp_path: Path) -> None:
         if isinstance(event, Progress) and event.done == 1:
             next(value for value in model.parameters() if value.requires_grad).data.fill_(float("nan"))
 
-    with pytest.raises(TrainingError, match=r"the loss became nan in step 2; the last finite one was .* in step 1"):
+    with pytest.raises(TrainingError, match=r"became nan in step 2; the last finite loss was \d.*sequences \d+, \d+"):
         train(model, sequences(), None, arguments=ARGUMENTS, pad_id=258, work=tmp_path, step="t", emit=poison)
 
 
@@ -202,30 +221,85 @@ def test_gradient_checkpointing_says_nothing_of_renames(tiny_phi3: Path, tmp_pat
 
 def test_arguments_that_do_not_go_together(tiny_phi3: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="training_args"):
-        run(tiny_phi3, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3, save_steps=4)
+        run(tiny_phi3, tmp_path, lr_scheduler_type="no such schedule")
 
 
-def test_collate() -> None:
-    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    right = collate(rows, pad_id=9)
-    assert right["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert right["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
-    assert "attention_mask" not in right
-    left = collate(rows, pad_id=9, padding_side="left")
-    assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
-    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
-def test_padding_does_not_change_the_loss(tiny_phi3: Path) -> None:
+def test_the_best_weights_are_handed_over(tiny_phi3: Path, tmp_path: Path) -> None:
     import torch
 
-    model = load_model(tiny_phi3, dtype="float32").eval()
-    rows = [{"input_ids": one.ids, "labels": one.labels} for one in sequences(4)]
-    with torch.inference_mode():
-        alone = [float(model(**collate([row], pad_id=258)).loss) for row in rows]
-        weights = [len(row["labels"]) - 1 for row in rows]
-        expected = sum(loss * weight for loss, weight in zip(alone, weights, strict=True)) / sum(weights)
-        for side in ("right", "left"):
-            together = float(model(**collate(rows, pad_id=258, padding_side=side)).loss)
-            # 1e-5: float32 sums in another order.
-            assert together == pytest.approx(expected, rel=1e-5), side
+    settings = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 1}
+    report, weights = run(tiny_phi3, tmp_path / "best", **settings, max_steps=10, save_steps=100)
+    evaluated = {point["step"]: point["eval_loss"] for point in report.log if "eval_loss" in point}
+    assert len(evaluated) == 10
+    assert report.best_step is not None, "so high a rate does not end at its best"
+    assert report.eval_loss == evaluated[report.best_step] == min(evaluated.values())
+    _, until = run(tiny_phi3, tmp_path / "until", **settings, max_steps=report.best_step, save_steps=100)
+    assert all(torch.equal(weights[name], until[name]) for name in until)
+    last, _ = run(
+        tiny_phi3, tmp_path / "last", stopping=Stopping(load_best=False), **settings, max_steps=10, save_steps=100
+    )
+    assert last.best_step is None
+    assert last.eval_loss == evaluated[10]
+
+
+def test_early_stopping(tiny_phi3: Path, tmp_path: Path) -> None:
+    settings = {"learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 40}
+    report, _ = run(tiny_phi3, tmp_path, stopping=Stopping(patience=2), **settings)
+    assert report.steps < 40
+    assert report.best_step == report.steps - 2
+
+
+def test_evaluation_without_saying_when(tiny_phi3: Path, tmp_path: Path) -> None:
+    report, _ = run(tiny_phi3, tmp_path, eval_strategy="steps", max_steps=20)
+    assert [point["step"] for point in report.log if "eval_loss" in point] == list(range(2, 21, 2))
+
+
+def test_how_a_step_is_cut_changes_nothing(tiny_phi3: Path, tmp_path: Path) -> None:
+    whole, _ = run(tiny_phi3, tmp_path / "whole", dropout=0.0)
+    for name, batching in (("tokens", Batching(tokens=16)), ("records", Batching(records=1))):
+        cut, _ = run(tiny_phi3, tmp_path / name, dropout=0.0, batching=batching)
+        # 1e-5: float32 sums in another order.
+        assert cut.losses == pytest.approx(whole.losses, rel=1e-5), name
+
+
+def test_batch_times_accumulation_is_what_counts(tiny_phi3: Path, tmp_path: Path) -> None:
+    one, _ = run(tiny_phi3, tmp_path / "one", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    four, _ = run(tiny_phi3, tmp_path / "four", per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert one.losses == four.losses
+
+
+def test_one_micro_batch_is_tried_where_room_is_short(tiny_phi3: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    plain, _ = run(tiny_phi3, tmp_path / "plain", dropout=0.0)
+    batching = Batching(64, room=1 << 20, most=64)
+    tried, _ = run(tiny_phi3, tmp_path / "tried", events.append, dropout=0.0, batching=batching)
+    assert any("one micro-batch took" in event.text for event in events if isinstance(event, Message))
+    assert tried.losses == pytest.approx(plain.losses, rel=1e-5), "it leaves no trace"
+
+
+def test_bfloat16_needs_no_autocast_and_trains_alike(tiny_phi3: Path, tmp_path: Path) -> None:
+    import torch
+
+    losses = []
+    for dtype, bf16 in (("float32", False), ("bfloat16", True)):
+        model = adapted(tiny_phi3, 0.0, dtype)
+        report = train(
+            model,
+            sequences(),
+            None,
+            arguments={**ARGUMENTS, "bf16": bf16},
+            pad_id=258,
+            work=tmp_path / dtype,
+            step="t",
+            emit=lambda event: None,
+        )
+        losses.append(report.losses)
+    assert {value.dtype for value in model.parameters() if value.requires_grad} == {torch.float32}
+    # bfloat16 has 8 bits; over a batch of tokens its errors average out.
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_tokens_are_counted(tiny_phi3: Path, tmp_path: Path) -> None:
+    report, _ = run(tiny_phi3, tmp_path, max_steps=-1, num_train_epochs=2, save_steps=100)
+    assert report.tokens == 2 * sum(len(one.ids) for one in sequences())
+    assert report.tokens_per_second > 0

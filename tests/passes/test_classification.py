@@ -144,7 +144,9 @@ def test_the_merged_classifier_is_the_one_that_was_trained(
     with TensorSet.open(merged.path) as tensors:
         names = {info.name for info in tensors.infos()}
     assert not [one for one in names if "lm_head" in one or "predictions" in one or "vocab" in one]
-    assert prove(got.artifact, merged, context("proof"), tokens=400)["kl"] < 1e-8
+    assert prove(got.artifact, merged, context("proof"), tokens=400)["kl"] < 1e-7, (
+        "logits within EXACT are closer than this"
+    )
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -166,7 +168,7 @@ def test_every_adapter(kind: str, llama: Path, train: Train, context: Callable[[
     merged = MergeAdapterWeights().run(MergeAdapterWeightsConfig(), got.artifact, context("merge"))
     np.testing.assert_allclose(by_transformers(merged.path), got.logits, atol=EXACT)
     proof = prove(got.artifact, merged, context("proof"), tokens=400, data_config="lines")
-    assert proof["kl"] < 1e-8
+    assert proof["kl"] < 1e-7
     assert 20 < proof["tokens"] < 48, "texts are counted, not their tokens"
     # The twin: a merged model with its classes exchanged is seen.
     config = json.loads((merged.path / "config.json").read_text())

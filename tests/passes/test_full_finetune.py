@@ -97,7 +97,7 @@ def test_the_checkpoint_is_complete(
     names = {path.name for path in got.artifact.path.iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "training.json",
+        "chat_template.jinja", "training.json", "README.md",
     }  # fmt: skip
     assert (got.artifact.path / "config.json").read_bytes() == (bases["llama"] / "config.json").read_bytes()
     graph = ModelBuilder().run(ModelBuilderConfig(precision="fp32"), got.artifact, context("build"))

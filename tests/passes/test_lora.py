@@ -201,6 +201,7 @@ def test_more_refusals(tiny_phi3: Path, plan_context: PlanContext) -> None:
 
 def test_notes_and_estimates(tiny_phi3: Path, plan_context: PlanContext) -> None:
     spec = Artifact.load(tiny_phi3).describe()
+    plan_context = dataclasses.replace(plan_context, data_bytes={"stream": 1 << 20})
     planned = LoRA().plan(lora(train_data_config="stream"), spec, plan_context)
     assert any("max_seq_len 2048 is beyond the model's context of 128" in note for note in planned.notes)
     assert planned.estimate.ram > planned.estimate.disk > 0

@@ -82,7 +82,9 @@ def run(project: Path, document: Document, **options: Any) -> coldpress.RunResul
 def nothing_half_written(project: Path) -> bool:
     steps = list((project / "cache" / "steps").glob("*")) if (project / "cache" / "steps").is_dir() else []
     outs = list((project / "cache" / "partial").glob("*/out")) if (project / "cache").is_dir() else []
-    return all((step / "record.json").is_file() for step in steps) and not outs and not (project / "output").exists()
+    left = {path.name for path in (project / "output").glob("*")}
+    said = left <= {"failed.json", "report.html"}
+    return all((step / "record.json").is_file() for step in steps) and not outs and said
 
 
 def refused(project: Path, document: Document, error: type[ColdpressError], *says: str) -> str:

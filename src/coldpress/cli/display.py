@@ -1,15 +1,19 @@
-"""Events on the terminal: a live line for the step under way, a plain line for what is done, JSON lines on request."""
+"""Events on the terminal: a live view of the step under way, a plain line for what is done, JSON lines on request."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from coldpress.cli.figures import fitted, position, progress_figures
 from coldpress.events import (
+    EvaluationLoss,
     Event,
     Message,
     ParityMeasured,
@@ -22,11 +26,16 @@ from coldpress.events import (
     StepStarted,
     event_to_json,
 )
-from coldpress.units import duration, size
+from coldpress.units import duration, quantity, size, spread
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 __all__ = ["JsonLines", "PlainLines", "Terminal", "sink_for"]
 
-_NAMES = {"tokens_per_second": "tok/s", "learning_rate": "lr", "eval_loss": "eval loss", "memory_bytes": "mem"}
+_BAR_FROM = 56
+"""Columns that a terminal must have for a bar to leave room for the rest."""
+_BAR = 20
 
 
 def sink_for(log_format: str) -> JsonLines | PlainLines | Terminal:
@@ -47,27 +56,67 @@ class JsonLines:
         """Nothing to put away."""
 
 
+@dataclass
+class _Phase:
+    """What a step is busy with: its pass, its proof, an evaluation; or one stretch of it with a count of its own."""
+
+    step: str = ""
+    name: str = ""
+    began: float = field(default_factory=time.monotonic)
+    last: Progress | None = None
+    shown: float | None = None
+    """When a line of it was last printed."""
+
+    @property
+    def label(self) -> str:
+        return " ".join(part for part in (self.step, self.name) if part)
+
+    def take(self, event: Progress) -> None:
+        """Note where it stands. Another count in the same step begins anew, as nothing was shown of it yet."""
+        before = self.last
+        if before is not None and (event.step, event.unit, event.total) != (before.step, before.unit, before.total):
+            self.shown = None
+        self.step = self.step or event.step
+        self.last = event
+
+
+_PHASES = {"parity": "proof", "evaluate": "evaluation"}
+
+
 class PlainLines:
-    """One line for each thing that happened; progress at most every few seconds."""
+    """One line for each thing that happened; of progress one every few seconds, so short phases print none."""
 
-    seconds_between_progress = 5.0
-
-    def __init__(self) -> None:
-        self._last_progress = 0.0
+    def __init__(self, seconds_between_progress: float = 5.0) -> None:
+        self._between = seconds_between_progress
         self._width = 0
+        self._phase = _Phase()
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Progress):
-            now = time.monotonic()
-            if now - self._last_progress >= self.seconds_between_progress or event.done >= event.total:
-                self._last_progress = now
-                self.line(f"{event.step:{self._width}s}  {_progress(event)}")
-            return
-        if isinstance(event, RunStarted):
-            self._width = max((len(name) for name in (*event.steps, "input")), default=8)
-        text = _text(event, self._width)
-        if text is not None:
-            self.line(text)
+        if isinstance(event, StepStarted):
+            name = _PHASES.get(event.kind, event.kind)
+            self._phase = _Phase(event.step, f"{name} {event.detail}".rstrip())
+        elif isinstance(event, Progress):
+            self._phase.take(event)
+            self.progress(event)
+        else:
+            if isinstance(event, RunStarted):
+                self._width = max((len(name) for name in (*event.steps, "input")), default=8)
+            if isinstance(event, StepFinished | StepFailed | ScoreMeasured | ParityMeasured):
+                self._phase = _Phase()
+            text = _text(event, self._width)
+            if text is not None:
+                self.line(text)
+
+    def progress(self, event: Progress) -> None:
+        """Print where a phase stands, every few seconds, and its end: of a training always, else if it took long."""
+        now, phase = time.monotonic(), self._phase
+        ended = event.done >= event.total and (phase.shown is not None or "loss" in event.values)
+        if ended or now - (phase.began if phase.shown is None else phase.shown) >= self._between:
+            phase.shown = now
+            share = f"({event.done / event.total:.0%})" if event.total > 0 and event.unit != "B" else ""
+            parts = [f"{position(event)} {share}".rstrip(), *progress_figures(event)]
+            name = "" if "loss" in event.values or not phase.name else f"{phase.name}: "
+            self.line(f"{event.step:{self._width}s}  {name}{'  '.join(parts)}")
 
     def line(self, text: str) -> None:
         _echo(text)
@@ -77,53 +126,51 @@ class PlainLines:
 
 
 class Terminal(PlainLines):
-    """The same, with a live line for the step under way."""
+    """The same, with a live view of the phase under way instead of lines of progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
+        import rich.console
+        from rich.live import Live
 
-        self._bars = Bars(
-            SpinnerColumn(),
-            TextColumn("{task.fields[label]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            console=Console(highlight=False),
-            transient=True,
-        )
-        self._bars.start()
-        self._task: Any = None
+        self._console = console or rich.console.Console(highlight=False)
+        self._live = Live(console=self._console, get_renderable=self._render, transient=True, refresh_per_second=4)
+        self._live.start()
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, StepStarted):
-            self._clear()
-            self._task = self._bars.add_task("", total=None, label=f"{event.step} {event.kind}", figures="")
-            return
-        if isinstance(event, Progress):
-            if self._task is None:
-                self._task = self._bars.add_task("", total=None, label=event.step, figures="")
-            self._bars.update(self._task, total=event.total, completed=event.done, figures=_progress(event))
-            return
-        if isinstance(event, StepFinished | StepFailed | ParityMeasured | ScoreMeasured):
-            self._clear()
-        super().__call__(event)
+    def progress(self, event: Progress) -> None:
+        """The live view reads it when it is drawn next."""
 
     def line(self, text: str) -> None:
         from rich.text import Text
 
-        self._bars.console.print(Text.from_ansi(text))
+        self._live.console.print(Text.from_ansi(text))
 
-    def _clear(self) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
+    def _render(self) -> RenderableType:
+        """Two lines: what and how far, then the figures; nothing between phases."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        phase, width = self._phase, self._console.width
+        if not phase.step:
+            return Text()
+        last, took = phase.last, duration(time.monotonic() - phase.began)
+        if last is None:
+            return Text(fitted([phase.label, took], width))
+        where, with_bar = position(last), width >= _BAR_FROM
+        beside = len(where) + 2 + (_BAR + 2 + len(took) + 2 if with_bar else 0)
+        label = fitted([phase.label], max(8, width - beside))
+        head: Any = Text(fitted([label, where, took], width))
+        if with_bar:
+            head = Table.grid(padding=(0, 2))
+            head.add_row(label, ProgressBar(total=last.total, completed=last.done, width=_BAR), where, took)
+        figures = fitted(progress_figures(last), width - 2)
+        return Group(head, Text(f"  {figures}")) if figures else Group(head)
 
     def close(self) -> None:
-        self._clear()
-        self._bars.stop()
+        self._phase = _Phase()
+        self._live.stop()
 
 
 def _echo(text: str) -> None:
@@ -132,26 +179,10 @@ def _echo(text: str) -> None:
         click.echo(text)
 
 
-def _progress(event: Progress) -> str:
-    figures = []
-    for name, value in event.values.items():
-        if name == "eta_seconds":
-            figures.append(f"{duration(value)} left")
-        elif name == "memory_bytes":
-            figures.append(size(value))
-        elif name == "tokens_per_second":
-            figures.append(f"{value:,.0f} tok/s")
-        else:
-            figures.append(f"{_NAMES.get(name, name)} {value:.4g}")
-    where = f"{event.done:g}/{event.total:g} {event.unit}".rstrip()
-    if event.unit == "B":
-        where = f"{size(event.done)} of {size(event.total)}"
-    return "  ".join([where, *figures])
-
-
 def _text(event: Event, width: int) -> str | None:
-    if isinstance(event, StepStarted):
-        return None
+    if isinstance(event, EvaluationLoss):
+        best = "best so far" if event.best_at == event.at else f"best {event.best:.4f} at step {event.best_at}"
+        return f"{event.step:{width}s}  evaluation loss {event.loss:.4f} at step {event.at} ({best})"
     if isinstance(event, StepFinished):
         how = click.style("cached", fg="cyan") if event.cached else click.style("done", fg="green")
         memory = f"  peak {size(event.peak_bytes)}" if event.peak_bytes else ""
@@ -166,8 +197,8 @@ def _text(event: Event, width: int) -> str | None:
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""
         return (
-            f"{event.model:{width}s}  {event.metric} {event.value:.1%} ± {event.standard_error:.1%} "
-            f"({event.n} records){cached}"
+            f"{event.model:{width}s}  {event.metric} {quantity(event.value, event.unit)} "
+            f"{spread(event.standard_error, event.unit)} (n = {event.n:,}){cached}"
         )
     if isinstance(event, Message):
         if event.level == "debug":
@@ -179,6 +210,7 @@ def _text(event: Event, width: int) -> str | None:
     if isinstance(event, StepFailed):
         return f"{event.step:{width}s}  {click.style('failed', fg='red')}  {event.kind}"
     if isinstance(event, RunFinished):
-        margin = " " * (width + 2)
-        return f"{margin}model  {event.output}\n{margin}record {event.record}\n{margin}total  {duration(event.seconds)}"
+        from coldpress.cli.ending import ending
+
+        return "\n".join(["", *ending(Path(event.record))])
     return None

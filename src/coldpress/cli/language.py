@@ -30,8 +30,14 @@ def migrate(old: Path, new: Path, force: bool) -> None:
 
 
 @click.command()
-def schema() -> None:
+@click.option("--record", is_flag=True, help="Of run.json, the record of a run, instead.")
+def schema(record: bool) -> None:
     """Print the JSON Schema of the config language; editors complete and check configs with it."""
+    if record:
+        from coldpress.record import record_json_schema
+
+        click.echo(json.dumps(record_json_schema(), indent=2))
+        return
     from coldpress.config.json_schema import workflow_json_schema
     from coldpress.registry import PASSES
 

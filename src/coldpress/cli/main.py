@@ -27,6 +27,7 @@ _VERBS = {
     "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records (LoRA or QLoRA)."),
     "build": ("coldpress.cli.verbs", "Build an ONNX model for ONNX Runtime GenAI."),
     "convert-adapters": ("coldpress.cli.adapters", "A PEFT adapter to a file for an ONNX model with LoRA inputs."),
+    "report": ("coldpress.cli.report", "The report of a run made again, or several runs side by side."),
     "generate": ("coldpress.cli.talk", "Let a model continue a prompt."),
     "chat": ("coldpress.cli.talk", "Talk to a model."),
     "cache": ("coldpress.cli.cache", "List, prune or verify finished steps."),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from coldpress.cli.data_options import data_config, text_options, text_settings
 from coldpress.errors import StoreError, UsageError
 
 __all__ = ["build", "finetune"]
@@ -31,24 +32,6 @@ def _common(command: Any) -> Any:
     ):
         command = option(command)
     return command
-
-
-def _data_config(name: str, file: str, split: str | None, **pre_process: Any) -> dict[str, Any]:
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}.get(
-        Path(file).suffix.lower()
-    )
-    if kind is None:
-        load: dict[str, Any] = {"data_name": file}
-    else:
-        load = {"data_name": kind, "data_files": file}
-    if split is not None:
-        load["split"] = split
-    return {
-        "name": name,
-        "type": "HuggingfaceContainer",
-        "load_dataset_config": load,
-        "pre_process_data_config": {key: value for key, value in pre_process.items() if value is not None},
-    }
 
 
 def _workflow(model: str, output_dir: str, cache_dir: str, trust: bool, device: str, provider: str) -> dict[str, Any]:
@@ -106,12 +89,7 @@ def _share_or_count(text: str) -> float | int:
     show_default=True,
     help="Held out of the data when there is no --eval-data: a share or a count; 0 for none.",
 )
-@click.option("--template", "text_template", help="Text of one record, {column} filled in; \\n is a line break.")
-@click.option("--text-field", help="The column that holds the text.")
-@click.option(
-    "--chat", "chat_template", is_flag=True, help="Records hold chat messages; use the model's chat template."
-)
-@click.option("--answer", "label_col", help="Column of the answer: loss on it alone, and accuracy by it.")
+@text_options
 @click.option("--method", type=click.Choice(["lora", "qlora"]), default="lora", show_default=True)
 @click.option("-r", "--rank", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--alpha", type=float, default=None, help="Scale of the adapter; default: the rank.")
@@ -122,7 +100,6 @@ def _share_or_count(text: str) -> float | int:
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--learning-rate", type=float, default=2e-4, show_default=True)
-@click.option("--max-seq-len", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--no-merge", is_flag=True, help="Hand over the adapter instead of a merged checkpoint.")
@@ -131,31 +108,20 @@ def _share_or_count(text: str) -> float | int:
 )
 @_common
 def finetune(model: str, data: str, **options: Any) -> None:
-    """Fine-tune MODEL (a checkpoint folder or hub id) on a file of records."""
+    """Fine-tune MODEL (a checkpoint folder or hub id) on a file of records.
+
+    Chat messages, ShareGPT and Alpaca records, prompts with completions are recognised by their columns; anything else
+    takes --template or --text-field. `coldpress data --model MODEL --data FILE` shows what will be trained on.
+    """
     document = _finetune_workflow(model, data, options)
     _finish(document, options["save_config"], options["trust_remote_code"], options["log_format"])
 
 
 def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, Any]:
-    template = o["text_template"].replace("\\n", "\n") if o["text_template"] else None
-    if sum(map(bool, (template, o["text_field"], o["chat_template"]))) != 1:
-        raise UsageError(
-            "say what the text of a record is: exactly one of --template, --text-field and --chat",
-            hint="for columns question and answer: --template 'Q: {question}\\nA: {answer}' --answer answer",
-        )
     provider = "CPUExecutionProvider" if o["device"] == "cpu" else "CUDAExecutionProvider"
     document = _workflow(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], o["device"], provider)
-    text: dict[str, Any] = {
-        "text_template": template,
-        "text_field": o["text_field"],
-        "chat_template": o["chat_template"] or None,
-        "label_col": o["label_col"],
-        "completion_only_loss": True if o["label_col"] else None,
-        "strategy": "line-by-line",
-        "max_seq_len": o["max_seq_len"],
-        "pad_to_max_len": False,
-    }
-    document["data_configs"] = [_data_config("train_data", data, o["split"], **text)]
+    text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
+    document["data_configs"] = [data_config("train_data", data, o["split"], text)]
     held_out = _share_or_count(o["eval_size"])
     training: dict[str, Any] = {
         "num_train_epochs": o["epochs"],
@@ -177,7 +143,7 @@ def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, An
         "training_args": training,
     }
     if o["eval_data"] is not None:
-        document["data_configs"].append(_data_config("eval_data", o["eval_data"], None, **text))
+        document["data_configs"].append(data_config("eval_data", o["eval_data"], None, text))
         lora["eval_data_config"] = "eval_data"
     elif held_out:
         lora["eval_dataset_size"] = held_out

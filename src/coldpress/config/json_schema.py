@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from coldpress.config.reporters import REPORTERS
 from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.schema import PassEntry, Workflow
 from coldpress.config.training_args import TrainingArgument, refused_arguments, training_arguments
@@ -67,7 +68,12 @@ def _pass_schema(name: str, model: type[BaseModel], definitions: dict[str, Any])
 def _training_schema() -> dict[str, Any]:
     refused = refused_arguments()
     properties = {name: _argument(row) for name, row in training_arguments().items() if name not in refused}
-    properties["report_to"] = {"enum": ["none", None], "description": properties["report_to"].get("description", "")}
+    services = {"enum": list(REPORTERS)}
+    properties["report_to"] = {
+        "anyOf": [{"enum": [*REPORTERS, "none", None]}, {"type": "array", "items": services}, {"enum": [["none"]]}],
+        "default": "none",
+        "description": "Services to report the training to, one or a list; see docs/watching.md.",
+    }
     return {
         "type": ["object", "null"],
         "properties": properties,

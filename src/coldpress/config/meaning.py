@@ -91,15 +91,61 @@ def _text(block: Node) -> list[Problem]:
     template = _value(block, "text_template")
     if isinstance(template, str):
         problems += _template(block, template)
+    strategy = str(_value(block, "strategy"))
     if _value(block, "completion_only_loss") is True:
         where = _place(block, "completion_only_loss")
-        if _value(block, "label_col") is None and not _value(block, "chat_template"):
-            problems.append(problem_at(where, "completion_only_loss needs label_col, the column of the answer"))
-        if str(_value(block, "strategy")).startswith("join"):
-            problems.append(
-                problem_at(where, "completion_only_loss needs one record a sequence", hint="strategy: line-by-line")
-            )
-    return problems
+        if not _names_answers(block):
+            hint = "or mark the answer in text_template: {answer|loss}"
+            message = "completion_only_loss needs label_col, the column of the answer"
+            problems.append(problem_at(where, message, hint=hint))
+        if strategy.startswith("join"):
+            hint = "strategy: pack, or line-by-line"
+            problems.append(problem_at(where, "completion_only_loss needs whole records in a sequence", hint=hint))
+    if _value(block, "completion_only_loss") is False and _marks(template):
+        message = "text_template marks an answer (|loss), and completion_only_loss is false"
+        problems.append(problem_at(_place(block, "completion_only_loss"), message, hint="leave one of them out"))
+    if strategy == "pack" and _value(block, "drop_short_sequences") is True:
+        message = "does not go with pack: nearly every pack is a little shorter than max_seq_len"
+        problems.append(problem_at(_place(block, "drop_short_sequences"), message))
+    return problems + _format(block)
+
+
+_TEXT_KEYS = ("text_template", "text_field", "text_cols", "chat_template")
+_TEXT_OF = {"text": ("text_template", "text_field", "text_cols"), "messages": ("chat_template",)}
+"""What may stand beside a format; every other form of conversation takes what messages takes."""
+
+
+def _format(block: Node) -> list[Problem]:
+    """A format beside keys that say something else."""
+    chosen = _value(block, "format")
+    if chosen in ("auto", None):
+        return []
+    allowed = _TEXT_OF["text" if chosen == "text" else "messages"]
+    wrong = [key for key in _TEXT_KEYS if key not in allowed and _value(block, key)]
+    return [
+        problem_at(_place(block, key), f"{key} does not go with format {chosen}", hint="leave one of them out")
+        for key in wrong
+    ]
+
+
+def _names_answers(block: Node) -> bool:
+    """Whether the block says what the answers are, or leaves it to the form of the records."""
+    if _value(block, "label_col") is not None or _value(block, "chat_template"):
+        return True
+    if _value(block, "format") not in ("auto", "text", None):
+        return True
+    named = any(_value(block, key) for key in _TEXT_KEYS)
+    return _marks(_value(block, "text_template")) or not (named or _value(block, "format") == "text")
+
+
+def _marks(template: object) -> bool:
+    """Whether a template marks an answer: {answer|loss}."""
+    if not isinstance(template, str):
+        return False
+    try:
+        return any((spec or name or "").endswith("|loss") for _, name, spec, _ in string.Formatter().parse(template))
+    except ValueError:
+        return False
 
 
 def _template(block: Node, template: str) -> list[Problem]:
@@ -117,7 +163,7 @@ def _template(block: Node, template: str) -> list[Problem]:
 
 
 def _padding(block: Node) -> list[Problem]:
-    lines = str(_value(block, "strategy")).startswith("line")
+    lines = str(_value(block, "strategy")).startswith(("line", "pack"))
     if lines and _value(block, "use_attention_mask") is False and _value(block, "pad_to_max_len") is True:
         message = "without an attention mask the padding of pad_to_max_len would be attended to"
         hint = "write pad_to_max_len: false, or leave the mask on"

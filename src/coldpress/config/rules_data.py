@@ -283,8 +283,11 @@ def _user_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     del parent.members["user_config"]
 
 
-_OPTIONAL = ("strategy", "corpus_strategy", "max_seq_len", "pad_to_max_len", "padding_side", "message_col")
-"""Keys whose null Olive takes for: not given."""
+_OPTIONAL = (
+    "strategy", "corpus_strategy", "max_seq_len", "pad_to_max_len", "padding_side", "message_col",
+    "format", "assistant_turns",
+)  # fmt: skip
+"""Keys whose null means: not given, as in Olive."""
 
 _SCRIPT = Refuse("Python given by a config is not run", "use text_template, text_cols or chat_template")
 _PAIR = Refuse("data sets of pairs are gone since Olive 0.7", "use text_template, label_col and completion_only_loss")

@@ -231,9 +231,16 @@ def _accelerator_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> Non
         rw.told(rule.name, node, f"{join_path(at, 'accelerator_config')}.{rule.key}", dialect=rule.dialect)
 
 
+def _logging_dir(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """Gone from Transformers; here it is where the services of `report_to` write, and else it has no effect."""
+    asked = parent.get("report_to")
+    services = [] if asked is None else [item.value for item in asked.items or [asked]]
+    if not any(service not in (None, "none") for service in services):
+        rw.drop(parent, "logging_dir", "report_to names no service", rule=rule.name)
+
+
 _T4 = "transformers-4"
 _STORE = Drop("checkpoints lie in the cache, the result in the workflow's output_dir", warn=True)
-_REPORTS = Drop("metrics are written beside the adapter")
 _RESUMES = Drop("training continues from its own last checkpoint")
 _AUTOMATIC = Drop("it is set by the machine")
 
@@ -256,7 +263,7 @@ _TRAINING: tuple[Rule, ...] = (
     _training("overwrite_output_dir", Drop("finished steps are kept in the cache and never overwritten")),
     _training("output_dir", Drop("null"), _text_or_none),
     _training("output_dir", _STORE),
-    _training("logging_dir", _REPORTS),
+    _training("logging_dir", Custom(_logging_dir)),
     _training("save_safetensors", Drop("adapters are always written as safetensors"), lambda n: n.value is not False),
     _training("save_safetensors", Drop("adapters are always written as safetensors", warn=True)),
     _training("use_mps_device", _AUTOMATIC),

@@ -269,13 +269,13 @@ def _accelerators(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         return
     if node.items is None:
         return
-    if len(node.items) > 1:
+    if len(node.items) > 1 and parent.text("type") == "AzureML":
         message = f"{len(node.items)} accelerators: a model is built for one device and one execution provider"
         rw.problems.append(problem_at(node, message, hint="keep one; run once for each target"))
         node.items[1:] = []
-    for item in node.items:
+    for place, item in enumerate(node.items):
         if isinstance(item.value, str):
-            rw.told(rule.name, item, f"{at}.accelerators.0.device")
+            rw.told(rule.name, item, f"{at}.accelerators.{place}.device")
             item.value = {"device": from_plain(item.value, item.path, item)}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 __all__ = [
     "Accelerator",
@@ -150,14 +150,29 @@ class Accelerator(Frozen):
 
 
 class LocalSystem(Frozen):
-    """This machine."""
+    """This machine, or several that see the same files."""
 
     type: Literal["LocalSystem"] = "LocalSystem"
     """The kind of system."""
-    accelerators: tuple[Accelerator, ...] = (Accelerator(),)
-    """Devices; exactly one for now."""
+    accelerators: tuple[Accelerator, ...] = Field(default=(Accelerator(),), min_length=1)
+    """Devices, all alike. Training runs one process on each; other steps use one."""
+    hosts: Text | None = None
+    """A file that names the machines a training runs on, one a line: `name slots=2`; `localhost` is this one."""
     hf_token: bool = False
     """Whether hub downloads use the token in the environment (`HF_TOKEN`)."""
+
+    @field_validator("accelerators")
+    @classmethod
+    def _alike(cls, accelerators: tuple[Accelerator, ...]) -> tuple[Accelerator, ...]:
+        kinds = list(dict.fromkeys(f"{one.device} with {', '.join(one.execution_providers)}" for one in accelerators))
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{len(accelerators)} accelerators that differ ({'; '.join(kinds)}): a model is built for one device "
+                "and one execution provider, and several are as many processes of a training; keep equal ones"
+            )
+        if any(one != accelerators[0] for one in accelerators):
+            raise ValueError("accelerators of one system are as many processes of a training: give all the same memory")
+        return accelerators
 
 
 class AzureMLSystem(Frozen):
@@ -208,22 +223,31 @@ class LoadDataset(Frozen):
 class PreProcess(Frozen):
     """How records become token sequences."""
 
+    format: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"] = "auto"
+    """Form of the records; auto: what the keys below say, else column `text`, else told from the columns."""
     text_cols: tuple[str, ...] | None = None
     """Columns joined by a space, when there is no template."""
     text_field: str | None = None
     """The one column that holds the text."""
     text_template: str | None = None
-    """Text of one record, `{column}` filled in."""
+    """Text of one record, `{column}` filled in; `{column|loss}` marks an answer."""
     chat_template: bool | str = False
     """Render `message_col` with the tokenizer's chat template (true), or with this Jinja template."""
     message_col: str = "messages"
     """Column of chat messages, each with `role` and `content`."""
     label_col: str | None = None
-    """Column that holds the answer: what the accuracy metric scores, and where completion-only loss begins."""
-    completion_only_loss: bool = False
-    """Loss on the answer (`label_col`) and what follows it, not on the prompt. Needs line-by-line."""
-    strategy: Literal["join", "join-random", "join-sliding-window", "line-by-line", "line-by-line-random"] = "join"
-    """One stream cut into full sequences (join), or one record a sequence (line-by-line)."""
+    """Column that holds the answer: what the accuracy metric scores, and where completion-only loss begins; the class
+    in sequence classification."""
+    completion_only_loss: bool | None = None
+    """Loss on the answers and what ends them, not on the prompts; null: yes where the format says what the answers are
+    and a sequence holds whole records (not under join)."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns carry completion-only loss."""
+    strategy: Literal["join", "join-random", "join-sliding-window", "line-by-line", "line-by-line-random", "pack"] = (
+        "join"
+    )
+    """One stream cut into full sequences (join), one record a sequence (line-by-line), or as many whole records as fit,
+    which do not see each other (pack)."""
     max_seq_len: int = Field(default=1024, ge=1)
     """Tokens in a sequence; clamped to the model's context with a warning."""
     max_samples: int | None = Field(default=None, ge=1)

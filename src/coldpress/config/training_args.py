@@ -14,6 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from coldpress.config.reporters import REPORTERS, reporters_asked
 from coldpress.registry import nearest
 
 __all__ = [
@@ -29,8 +30,8 @@ __all__ = [
 _FILE = "training_args.json"
 
 _NO_HUB = "nothing is uploaded", "remove it; upload the finished model with the hub's own tools"
-_NO_CLUSTER = "training on several devices is not built yet", "remove it"
-_NO_TRACKER = "no tracking service is used; metrics are written beside the adapter", "remove it"
+_NO_CLUSTER = "several processes train by DDP or FSDP, through accelerate", "remove it"
+_NO_TRACKER = "a Trackio server in the cloud is not used", "remove it; report_to: trackio writes locally"
 _OURS = "checkpoints lie in the cache, the result in the workflow's output_dir", "remove it"
 
 _REFUSED: dict[str, tuple[str, str]] = {
@@ -45,13 +46,13 @@ _REFUSED: dict[str, tuple[str, str]] = {
     ),
     **dict.fromkeys(
         (
-            "deepspeed", "fsdp", "fsdp_config", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap",
-            "parallelism_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-            "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank",
+            "deepspeed", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "parallelism_config",
+            "local_rank",
         ),
         _NO_CLUSTER,
     ),
-    **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NO_TRACKER),
+    "ddp_static_graph": ("processes differ in how often they run the model within a step", "remove it"),
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NO_TRACKER),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), ("the pass decides what is run", "remove it")),
 }  # fmt: skip
 """Arguments that make no sense here: why, and what to do. Their default, null and false change nothing and pass."""
@@ -87,6 +88,40 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 _VALUES: dict[str, tuple[str, ...]] = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
 """Choices that Transformers names in its help only."""
 
+
+@dataclass(frozen=True)
+class TrainingArgument:
+    """One argument: what JSON types it takes, which values, what it is where nobody says."""
+
+    name: str
+    types: tuple[str, ...]
+    values: tuple[str, ...] = ()
+    default: Any = None
+    help: str = ""
+
+
+_OWN = TrainingArgument(
+    "logging_dir",
+    ("str", "null"),
+    help="Folder for what report_to's services write, relative to the config file; null: logs/STEP in output_dir.",
+)
+"""Transformers 5 has no such argument any more; here it still says where."""
+_TYPES: dict[str, set[str]] = {"fsdp": {"bool", "null", "str"}}
+"""Types that Transformers takes and does not declare."""
+
+_FSDP_WORDS = ("full_shard", "shard_grad_op", "auto_wrap")
+"""Of the older text form of fsdp."""
+
+_FSDP_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "version": (2, "2"),
+    "reshard_after_forward": (True, False),
+    "state_dict_type": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"),
+    "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
+    "transformer_layer_cls_to_wrap": (),
+}
+"""Keys of fsdp_config and their values, where these are few. Weights are gathered a block at a time: a block is called
+as a module, while layers inside are computed by code that reads their weights."""
+
 _FEW = 12
 """Allowed values that a message lists."""
 
@@ -99,17 +134,6 @@ _WORDS = {
     "dict": "a mapping",
     "null": "null",
 }
-
-
-@dataclass(frozen=True)
-class TrainingArgument:
-    """One argument: what JSON types it takes, which values, what it is where nobody says."""
-
-    name: str
-    types: tuple[str, ...]
-    values: tuple[str, ...] = ()
-    default: Any = None
-    help: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,10 +151,11 @@ class ArgumentProblem:
 def training_arguments() -> Mapping[str, TrainingArgument]:
     """The table, by name."""
     raw = json.loads(files("coldpress.config").joinpath(_FILE).read_text(encoding="utf-8"))
-    return {
+    table = {
         name: TrainingArgument(name, tuple(row["types"]), tuple(row.get("values", ())), row["default"], row["help"])
         for name, row in raw["arguments"].items()
     }
+    return {**table, _OWN.name: _OWN}
 
 
 def refused_arguments() -> frozenset[str]:
@@ -162,9 +187,20 @@ def check_training_args(args: Mapping[str, Any], legacy: Iterable[str] = ()) -> 
 
 
 def _report_to(value: Any) -> ArgumentProblem | None:
-    if value in (None, "none", [], ["none"]):
+    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if value is not None and not isinstance(value, str) and not listed:
+        return ArgumentProblem("report_to", f"must be a service or a list of services, got {_shown(value)}")
+    names = reporters_asked(value)
+    if isinstance(value, list) and "none" in value and names:
+        return ArgumentProblem("report_to", f"none and {', '.join(names)} exclude each other", "keep one")
+    unknown = [name for name in names if name not in REPORTERS]
+    if not unknown:
         return None
-    return ArgumentProblem("report_to", f"must be none, got {value!r}: {_NO_TRACKER[0]}", "write none")
+    message = f"must be none or among {', '.join(REPORTERS)}, got {', '.join(map(repr, unknown))}"
+    if unknown == ["all"]:
+        return ArgumentProblem("report_to", message, "name the services: nothing is told to one that nobody named")
+    close = nearest(unknown[0], REPORTERS)
+    return ArgumentProblem("report_to", message, f"did you mean {close}?" if close else None)
 
 
 def _check_value(argument: TrainingArgument, value: Any) -> ArgumentProblem | None:
@@ -222,7 +258,7 @@ def _quotes(value: Any, accepted: set[str]) -> str | None:
 
 def _check_together(args: Mapping[str, Any]) -> list[ArgumentProblem]:
     """What Transformers would refuse, or silently decide, once the model is loaded."""
-    problems = []
+    problems = _check_fsdp(args)
     if args.get("bf16") and args.get("fp16"):
         problems.append(ArgumentProblem("fp16", "bf16 and fp16 exclude each other", "keep one"))
     if args.get("load_best_model_at_end"):
@@ -230,6 +266,30 @@ def _check_together(args: Mapping[str, Any]) -> list[ArgumentProblem]:
         if pair[1] != "best" and pair[0] != pair[1]:
             message = f"needs eval_strategy ({pair[0]}) and save_strategy ({pair[1]}) to be the same"
             problems.append(ArgumentProblem("load_best_model_at_end", message))
+    return problems
+
+
+def _check_fsdp(args: Mapping[str, Any]) -> list[ArgumentProblem]:
+    text, config = args.get("fsdp"), args.get("fsdp_config")
+    words = text.split() if isinstance(text, str) else []
+    odd = [word for word in words if word not in _FSDP_WORDS]
+    if odd:
+        message = f"must be true (or of {', '.join(_FSDP_WORDS)}), got {text!r}"
+        return [ArgumentProblem("fsdp", message, "write true, and what it shall do in fsdp_config")]
+    if isinstance(config, str):
+        return [ArgumentProblem("fsdp_config", "must be a mapping, got a text", "give the content of that file")]
+    problems = []
+    for key, value in (config or {}).items():
+        name = str(key).removeprefix("fsdp_")
+        if name == "activation_checkpointing":
+            message = "fsdp_config.activation_checkpointing draws dropout anew when it computes again"
+            problems.append(ArgumentProblem("fsdp_config", message, "set gradient_checkpointing instead"))
+        elif name not in _FSDP_OPTIONS:
+            message = f"fsdp_config.{key} is not supported; known: {', '.join(_FSDP_OPTIONS)}"
+            problems.append(ArgumentProblem("fsdp_config", message, "leave it out"))
+        elif _FSDP_OPTIONS[name] and value not in _FSDP_OPTIONS[name]:
+            must = ", ".join(_shown(choice) for choice in _FSDP_OPTIONS[name])
+            problems.append(ArgumentProblem("fsdp_config", f"{key} must be one of {must}, got {_shown(value)}"))
     return problems
 
 
@@ -298,7 +358,7 @@ def _row(item: Any) -> dict[str, Any]:
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
     default = default.value if isinstance(default, enum.Enum) else default
     text = " ".join(item.metadata.get("help", "").split())
-    row: dict[str, Any] = {"types": sorted(types), "default": default, "help": text}
+    row: dict[str, Any] = {"types": sorted(_TYPES.get(item.name, types)), "default": default, "help": text}
     choices = item.metadata.get("choices") or _VALUES.get(item.name) or values
     if choices:
         row["values"] = sorted({str(getattr(choice, "value", choice)) for choice in choices})

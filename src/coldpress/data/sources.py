@@ -21,7 +21,12 @@ from coldpress.registry import nearest
 
 __all__ = ["Records", "files_of", "read_records"]
 
-FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text"}
+FORMATS = {
+    "json": "json", "jsonl": "json", "ndjson": "json",
+    "csv": "csv", "tsv": "csv",
+    "parquet": "parquet",
+    "text": "text",
+}  # fmt: skip
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 Row = Mapping[str, Any]
@@ -70,14 +75,13 @@ def read_records(config: DataConfig) -> Records:
     files = _files_by_split(load)
     if not files or any(path.suffix in _COMPRESSED for paths in files.values() for path in paths):
         return _through_datasets(load, files)
-    kind = _format_of(load, next(iter(files.values()))[0])
-    tables = {}
+    tables: dict[str, list[tuple[Row, str]]] = {}
+    entries: list[tuple[Row, str]] = []
     for name, cut in _parts_of(load.split, tuple(files), config.name):
         if name not in tables:
-            tables[name] = [entry for path in files[name] for entry in _READERS[kind](path)]
-        tables.setdefault("", []).extend(tables[name][cut.slice(len(tables[name]))])
-    entries = tables[""]
-    origin = ", ".join(str(path) for paths in files.values() for path in paths)
+            tables[name] = [entry for path in files[name] for entry in _READERS[_format_of(load, path)](path)]
+        entries += tables[name][cut.slice(len(tables[name]))]
+    origin = ", ".join(str(path) for name in tables for path in files[name])
     if not entries:
         wanted = f" of the split {load.split!r}" if load.split else ""
         raise DataError(f"{origin} holds no rows{wanted}", hint="is it the right file?")
@@ -154,10 +158,10 @@ def _expand(name: str) -> list[Path]:
     )
 
 
-def _format_of(load: LoadDataset, first: Path) -> str:
+def _format_of(load: LoadDataset, path: Path) -> str:
     if load.data_name in FORMATS:
         return FORMATS[load.data_name]
-    return FORMATS.get(first.suffix.lstrip("."), "text")
+    return FORMATS.get(path.suffix.lstrip("."), "text")
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -219,36 +223,101 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", hint="convert it") from error
+        raise _not_utf8(path, error) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
 
 
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    with path.open("rb") as stream:
+        wide = stream.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    return DataError(
+        f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
+        hint="it is UTF-16: save it as UTF-8" if wide else "save it as UTF-8, for example with iconv",
+    )
+
+
 def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
-    """JSON lines, or one JSON array of objects."""
+    """JSON lines, one JSON array of objects, or one object that holds such an array."""
     text = _read_text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            line = getattr(error, "lineno", 1)
-            raise DataError(
-                f"{path}:{line}: not valid JSON: {error}", hint="the file starts as a JSON array"
-            ) from error
-        for number, row in enumerate(rows):
-            yield _object(row, f"{path} element {number}"), f"{path} element {number}"
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] == "[":
+        yield from _array_rows(text, start, path)
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if len(lines) == 1 or (lines and lines[0][1].strip() == "{"):  # else no file of rows begins with a lone brace
+        yield from _whole_file(text, path)
+        return
+    for number, line in lines:
         place = f"{path}:{number}"
+        yield _object(_parsed(line, path, number), place), place
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    """The value of a JSON text that begins at a line of a file."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        line += getattr(error, "lineno", 1) - 1
+        said = f"{getattr(error, 'msg', error)}, at column {getattr(error, 'colno', 1)}"
+        hint = "each line must be one JSON object, with double quotes"
+        raise DataError(f"{path}:{line}: not valid JSON: {said}", hint=hint) from error
+    except RecursionError as error:
+        raise DataError(f"{path}:{line}: nested too deeply to be read", hint="is it the right file?") from error
+
+
+def _whole_file(text: str, path: Path) -> Iterator[tuple[Row, str]]:
+    """One JSON object: a single row, or what holds the rows under its one key with a list of objects."""
+    whole = _object(_parsed(text, path, 1), f"{path}:1")
+    lists = {key: value for key, value in whole.items() if isinstance(value, list) and value}
+    rows = {key: value for key, value in lists.items() if all(isinstance(item, dict) for item in value)}
+    if len(lists) == 1 and len(rows) == 1:
+        key, items = next(iter(rows.items()))
+        if not items[0].keys() & {"role", "from"}:  # a conversation is one row
+            for number, item in enumerate(items):
+                yield item, f"{path} {key}[{number}]"
+            return
+    if len(lists) > 1 and lists == whole and not rows:
+        raise DataError(
+            f"{path} holds columns ({', '.join(lists)}), not rows",
+            hint='write one object a row: {"column": value, ...}',
+        )
+    yield whole, f"{path}:1"
+
+
+def _array_rows(text: str, start: int, path: Path) -> Iterator[tuple[Row, str]]:
+    """Elements of a JSON array, each with the line that it starts at."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[ \t\r\n]*")
+
+    def skip(place: int) -> int:
+        found = space.match(text, place)
+        return found.end() if found else place
+
+    place, line, counted = skip(start + 1), 1, 0
+    while text[place : place + 1] != "]":
+        line, counted = line + text.count("\n", counted, place), place
+        where = f"{path}:{line}"
         try:
-            row = json.loads(line)
+            row, place = decoder.raw_decode(text, place)
         except ValueError as error:
+            at = getattr(error, "lineno", line)
+            raise DataError(f"{path}:{at}: not valid JSON: {error}", hint="the file starts as a JSON array") from error
+        except RecursionError as error:
+            raise DataError(f"{where}: nested too deeply to be read", hint="is it the right file?") from error
+        yield _object(row, where), where
+        place = skip(place)
+        if text[place : place + 1] == ",":
+            place = skip(place + 1)
+        elif text[place : place + 1] != "]":
+            at = line + text.count("\n", counted, place)
             raise DataError(
-                f"{place}: not valid JSON: {error}", hint="each line must be one JSON object, with double quotes"
-            ) from error
-        yield _object(row, place), place
+                f"{path}:{at}: not valid JSON: a comma or the end of the array is missing",
+                hint="the file starts as a JSON array; was it cut short?",
+            )
+    if text[skip(place + 1) :]:
+        at = line + text.count("\n", counted, place + 1)
+        raise DataError(f"{path}:{at}: text follows the end of the array", hint="write one array, or one object a line")
 
 
 def _object(row: Any, place: str) -> Row:
@@ -260,18 +329,50 @@ def _object(row: Any, place: str) -> Row:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
-    from pyarrow import ArrowInvalid, csv
+    """Every field as the text that stands there: a table's guess would make 7 of 007."""
+    from pyarrow import ArrowInvalid, csv, string
 
-    if path.stat().st_size == 0:
+    names, delimiter, lines = _csv_header(path)
+    if not names:
         return
     try:
-        table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+        table = csv.read_csv(
+            path,
+            read_options=csv.ReadOptions(use_threads=False),  # so that an error names its row
+            parse_options=csv.ParseOptions(newlines_in_values=True, delimiter=delimiter),
+            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, string())),
+        )
     except ArrowInvalid as error:
         raise DataError(
             f"{path} is not valid CSV: {error}",
             hint="every row needs as many fields as the header; quote fields that hold commas or line breaks",
         ) from error
-    yield from _table_rows(table, path)
+    rows = table.to_pylist()
+    one_each = lines == len(rows) + 1
+    for number, row in enumerate(rows):
+        yield row, f"{path}:{number + 2}" if one_each else f"{path} row {number + 1}"
+
+
+def _csv_header(path: Path) -> tuple[list[str], str, int]:
+    """Column names, the character between fields, and the number of lines."""
+    import csv
+    import io
+
+    text = _read_text(path)
+    first = text.split("\n", 1)[0]
+    delimiter = next((sign for sign in ",;\t" if sign in first), ",")
+    if path.suffix == ".tsv":
+        delimiter = "\t"
+    try:
+        names = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: not a header of columns: {error}", hint="is it a CSV file?") from error
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path} has several columns called {', '.join(map(repr, twice))}", hint="give each column its own name"
+        )
+    return names, delimiter, sum(1 for line in text.split("\n") if line.strip())
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Row, str]]:

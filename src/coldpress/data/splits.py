@@ -1,4 +1,4 @@
-"""A training part and a held-out part of one data set, and duplicates between them.
+"""A training part and a held-out part of one data set, for a model that is to be measured.
 
 Rows with the same text go to the same side: a model that has seen a held-out row would be measured on its memory.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from coldpress.errors import DataError
 
-__all__ = ["Split", "overlap", "split_rows", "split_seed"]
+__all__ = ["Split", "split_rows", "split_seed"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Split:
 def split_rows(keys: Sequence[Hashable], size: float | int, seed: int) -> Split:
     """Hold out `size` rows (a share below 1, or a count), drawn at random with equal `keys` kept together.
 
-    Raises DataError when a side would be empty.
+    A share is at least one row. Raises DataError when a side would be empty.
     """
     total = len(keys)
-    wanted = round(total * size) if isinstance(size, float) and size < 1 else int(size)
+    share = isinstance(size, float) and size < 1
+    wanted = max(round(total * size), 1) if share else int(size)  # of few rows, a share is at least one
     if not 0 < wanted < total:
         raise DataError(
             f"eval_dataset_size {size:g} of {total} rows leaves {max(total - wanted, 0)} to train on and "
@@ -62,9 +63,3 @@ def split_seed(arguments: Mapping[str, Any]) -> int:
         if arguments.get(name) is not None:
             return int(arguments[name])
     return 42
-
-
-def overlap(train: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """How many rows of `other` have an equal row in `train`."""
-    known = set(train)
-    return sum(key in known for key in other)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.base import read_json
+from coldpress.data.chat_template import render_template
 from coldpress.errors import CheckpointError, DataError, MissingExtraError
 
 __all__ = ["TOKENIZER_FILES", "Tokenizer", "copy_tokenizer"]
@@ -45,14 +47,28 @@ class Tokenizer:
     chat_template: str | None = None
     special_tokens: Mapping[str, str] | None = None
     """`bos_token`, `eos_token` ... as a chat template sees them."""
+    generation_eos: frozenset[int] = frozenset()
+    """Ids that generation stops at by generation_config.json, or by config.json where that has none."""
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text: EOS, and what generation stops at."""
+        return self.generation_eos if self.eos_id is None else self.generation_eos | {self.eos_id}
+
+    @cached_property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer itself writes BOS before a text, as it does when the model is used."""
+        return self.bos_id is not None and list(self.backend.encode("a").ids[:1]) == [self.bos_id]
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """From a model folder; raises CheckpointError."""
-        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        config, model, generation = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+        )
         backend = _backend(folder)
         tokens = _special_tokens(folder, config)
-        model = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
         def number(name: str) -> int | None:
             token = tokens.get(f"{name}_token")
@@ -62,6 +78,7 @@ class Tokenizer:
                 found = given[0] if isinstance(given, list) and given else given
             return int(found) if isinstance(found, int) else None
 
+        stops = generation.get("eos_token_id", model.get("eos_token_id"))
         bos, eos, pad = number("bos"), number("eos"), number("pad")
         return cls(
             backend=backend,
@@ -70,11 +87,18 @@ class Tokenizer:
             pad_id=next((value for value in (pad, eos, bos) if value is not None), 0),
             chat_template=_chat_template(folder, config),
             special_tokens=tokens,
+            generation_eos=frozenset(
+                token for token in (stops if isinstance(stops, list) else [stops]) if isinstance(token, int)
+            ),
         )
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """`tokenizers.Encoding` of each text (`ids`, `offsets` in characters), without BOS or EOS."""
+        """`tokenizers.Encoding` of each text (`ids`, places in characters), without BOS or EOS."""
         return list(self.backend.encode_batch(list(texts), add_special_tokens=False))
+
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without BOS or EOS."""
+        return [list(one.ids) for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def ids(self, text: str) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -87,37 +111,31 @@ class Tokenizer:
         return str(self.backend.id_to_token(token_id) or "")
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None, generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
     ) -> str:
         """Messages rendered with the chat template (or with `template`); raises DataError."""
-        source = template or self.chat_template
+        return render_template(
+            self.template(template),
+            messages,
+            generation_prompt=generation_prompt,
+            tools=tools,
+            special_tokens=self.special_tokens,
+        )
+
+    def template(self, given: str | None = None) -> str:
+        """The chat template: `given`, else the tokenizer's own; raises DataError where there is none."""
+        source = given or self.chat_template
         if source is None:
             raise DataError(
                 "chat_template is asked for, and the tokenizer has none",
                 hint="give the Jinja template itself as chat_template, or use text_template",
             )
-        try:
-            from jinja2 import TemplateError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise MissingExtraError("chat templates need the package jinja2", hint="pip install jinja2") from error
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        # The same environment as in Transformers, so that a template renders the same.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = raise_exception
-        try:
-            return environment.from_string(source).render(
-                messages=list(messages), add_generation_prompt=generation_prompt, **(self.special_tokens or {})
-            )
-        except TemplateError as error:
-            raise DataError(
-                f"the chat template cannot render these messages: {error}",
-                hint="do the roles follow the order that the template wants (user, assistant, user ...)?",
-            ) from error
+        return source
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -22,13 +22,15 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import Accelerator, AzureMLResource, AzureMLSystem, DataConfig, Evaluator, ParityLimits
 from coldpress.data.sources import files_of
 from coldpress.digest import digest_files, digest_value
+from coldpress.engine.machines import together, training_hosts
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
 from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError, Problem
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
-from coldpress.units import size
+from coldpress.systems.hosts import Host
+from coldpress.units import parse_size, size
 
 __all__ = ["Plan", "Step", "check_plan", "input_artifact", "make_plan"]
 
@@ -55,6 +57,8 @@ class Step:
     parity: ParityLimits
     evaluator: str | None
     needs_torch: bool
+    hosts: tuple[Host, ...]
+    """Machines whose processes run it together; empty is one process here."""
     line: int | None
     unknown: str | None = None
 
@@ -120,12 +124,17 @@ class _Planner:
 
     def plan(self) -> Plan:
         accelerator = self._system()
+        hosts, problems = training_hosts(self.workflow, self.places, self.hardware, self.refuse)
+        self.refusals.extend(problems)
         data_configs = {config.name: self.places.data(config) for config in self.workflow.data_configs}
         model = self._model()
         trust = self._trust(model)
         input_spec, input_key = self._input(model)
         data = {name: self._data_fingerprint(name, config) for name, config in data_configs.items()}
-        steps = self._steps(input_spec, input_key, accelerator, data_configs, data)
+        steps = self._steps(input_spec, input_key, accelerator, hosts, data_configs, data)
+        if hosts and not any(step.hosts for step in steps):
+            many = sum(host.slots for host in hosts)
+            self.notes.append(f"of {many} accelerators one is used: each step of this workflow is one process")
         if not steps:
             self.refuse("the workflow has no passes, so there is nothing to do", "passes", "add a pass")
         plan = Plan(
@@ -295,11 +304,12 @@ class _Planner:
         spec: Spec,
         key: str | None,
         accelerator: Accelerator,
+        hosts: tuple[Host, ...],
         data_configs: Mapping[str, DataConfig],
         data: Mapping[str, dict[str, Any]],
     ) -> tuple[Step, ...]:
         steps: list[Step] = []
-        env = PlanContext(
+        one_process = PlanContext(
             hardware=self._target_hardware(accelerator),
             accelerator=accelerator,
             data_configs=data_configs,
@@ -307,6 +317,9 @@ class _Planner:
         )
         for name, entry in self.workflow.passes.items():
             made = PASSES[entry.type]()
+            mine = hosts if getattr(made, "distributed", False) else ()
+            ranks = sum(host.slots for host in mine) or 1
+            env = dataclasses.replace(one_process, ranks=ranks)
             unknown = spec.unknown
             estimate: Estimate | None = None
             limits = None
@@ -320,8 +333,11 @@ class _Planner:
                     spec = spec_of_unknown(f"step {name} was refused")
                 else:
                     spec, estimate, notes = planned.spec, planned.estimate, planned.notes
+                    if mine:
+                        estimate, said = together(estimate, mine)
+                        notes = (said, *notes)
                     limits = made.limits(entry.config, before)
-            key = None if key is None or spec.unknown else self._key(made, entry, key, accelerator, data)
+            key = None if key is None or spec.unknown else self._key(made, entry, key, accelerator, ranks, data)
             cached = not self.workflow.clean_cache and key is not None and self.store.get(key) is not None
             parity = entry.parity or self.workflow.parity
             steps.append(
@@ -338,6 +354,7 @@ class _Planner:
                     parity=parity,
                     evaluator=entry.evaluator,
                     needs_torch=made.needs_torch,
+                    hosts=mine,
                     line=self.loaded.line_of(f"passes.{name}"),
                     unknown=spec.unknown,
                 )
@@ -345,7 +362,13 @@ class _Planner:
         return tuple(steps)
 
     def _key(
-        self, made: Any, entry: Any, input_key: str, accelerator: Accelerator, data: Mapping[str, dict[str, Any]]
+        self,
+        made: Any,
+        entry: Any,
+        input_key: str,
+        accelerator: Accelerator,
+        ranks: int,
+        data: Mapping[str, dict[str, Any]],
     ) -> str | None:
         config = entry.config.model_dump(mode="json")
         used = {}
@@ -363,6 +386,8 @@ class _Planner:
                 "data": {name: {"settings": v["settings"], "digest": v["digest"]} for name, v in used.items() if v},
                 "input": input_key,
                 "accelerator": accelerator.model_dump(mode="json", exclude={"memory"}),
+                # Each rank brings its own rows to a step: with another number of them something else is learned.
+                **({"ranks": ranks} if ranks > 1 else {}),
                 "libraries": library_versions(made.libraries),
                 "coldpress": coldpress.__version__.split("+")[0],
             }
@@ -370,13 +395,16 @@ class _Planner:
 
     def _fits(self, plan: Plan) -> None:
         """Compare the estimates with what the machine has."""
-        memory = self.hardware.memory
+        memory, whose = self.hardware.memory, "this machine has"
+        allowed = plan.accelerator.memory if plan.accelerator.device == "cpu" else None
+        if allowed is not None and parse_size(allowed) < memory:
+            memory, whose = parse_size(allowed), "the config allows"
         for step in plan.steps:
             if step.estimate is None:
                 continue
             if step.estimate.ram > memory:
                 self.refuse(
-                    f"needs about {size(step.estimate.ram)} of memory, and this machine has {size(memory)}",
+                    f"needs about {size(step.estimate.ram)} of memory, and {whose} {size(memory)}",
                     f"passes.{step.name}",
                     "use a smaller batch, a shorter max_seq_len or gradient_checkpointing",
                 )

@@ -21,6 +21,8 @@ class Score:
     standard_error: float
     n: int
     """Records it was measured on."""
+    unit: str = ""
+    """share, bytes, ms ...; empty for a bare number."""
     higher_is_better: bool = True
     cached: bool = False
 
@@ -44,6 +46,8 @@ class StepResult:
     parity_seconds: float = 0.0
     parity_peak_bytes: int = 0
     """The proof is a phase of its own, with its own time and peak."""
+    ranks: int = 1
+    """Processes that ran it together; time and peak are rank 0's."""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.schema import Metric
 from coldpress.digest import digest_value
+from coldpress.engine.logs import log_folder, logs_elsewhere, reporters_of
+from coldpress.engine.outcome import LIBRARIES, Outcome
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
 from coldpress.engine.proof import data_identity, judge, parity_text, refuse_if_too_far, text_identity
 from coldpress.engine.result import RunResult, Score, StepResult
-from coldpress.engine.store import Entry, disk_errors, publish, write_json
-from coldpress.errors import ColdpressError, Interrupted, PlanError, StepError
+from coldpress.engine.store import Entry, disk_errors, publish
+from coldpress.errors import ColdpressError, Interrupted, PlanError, StepError, StoreError
 from coldpress.events import (
     Event,
     Message,
+    ParityMeasured,
     RunFinished,
     RunStarted,
     ScoreMeasured,
@@ -34,6 +38,7 @@ from coldpress.events import (
 )
 from coldpress.hardware import library_versions
 from coldpress.registry import PASSES
+from coldpress.systems.group import WorkerGroup
 from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
 from coldpress.systems.local import Worker
 
@@ -42,10 +47,6 @@ __all__ = ["run"]
 _WORKER_MODULE = "coldpress.engine.worker"
 _EVALUATION_VERSION = 1
 """Part of the key of a cached score; raised when a score would come out differently."""
-_RECORDED_LIBRARIES = (
-    "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "onnx-ir", "onnxruntime",
-    "onnxruntime-genai", "numpy", "numba", "tokenizers", "safetensors",
-)  # fmt: skip
 
 
 def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False) -> RunResult:
@@ -67,6 +68,11 @@ def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: 
     try:
         with plan.store.in_use():
             return session.run()
+    except Interrupted:
+        raise
+    except ColdpressError as error:
+        session.failed(error)
+        raise
     except KeyboardInterrupt:
         session.stop()
         raise Interrupted(
@@ -112,9 +118,14 @@ class _Session:
         self.plan = plan
         self.sinks = sinks
         self.workers: dict[bool, Worker] = {}
+        self.group: WorkerGroup | None = None
+        """Of the step that runs, where several processes run it."""
         self.steps: list[StepResult] = []
         self.scores: list[Score] = []
         self.warnings: list[str] = []
+        self.parities: list[ParityMeasured] = []
+        self.under_way: str | None = None
+        """Step that is worked on."""
         self._light_soon = False
         self.started = time.perf_counter()
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -122,6 +133,8 @@ class _Session:
     def emit(self, event: Event) -> None:
         if isinstance(event, Message) and event.level == "warning":
             self.warnings.append(f"{event.step}: {event.text}" if event.step else event.text)
+        if isinstance(event, ParityMeasured):
+            self.parities.append(event)
         for sink in self.sinks:
             sink(event)
 
@@ -142,14 +155,28 @@ class _Session:
             self._evaluate(workflow.evaluator, "input", model, key)
         entry: Entry | None = None
         for step in self.plan.steps:
+            self.under_way = step.name
             entry = self._step(step, model)
             model, key = entry.artifact(), entry.key
             last = step is self.plan.steps[-1]
             for evaluator in dict.fromkeys((step.evaluator, workflow.evaluator if last else None)):
                 if evaluator is not None:
                     self._evaluate(evaluator, step.name, model, key)
+        self.under_way = None
         output = self._publish(entry)
-        return self._record(output)
+        outcome = self._outcome()
+        record = outcome.write(output)
+        self.emit(RunFinished(str(output), outcome.seconds, str(record)))
+        return RunResult(output, record, tuple(self.steps), tuple(self.scores), outcome.seconds)
+
+    def _outcome(self) -> Outcome:
+        seconds = time.perf_counter() - self.started
+        return Outcome(self.plan, self.started_at, seconds, self.steps, self.scores, self.warnings, self.parities)
+
+    def failed(self, error: ColdpressError) -> None:
+        """Leave a record of what was done and why it ended, where the disk still takes one."""
+        with contextlib.suppress(StoreError):
+            self.say(f"what was done, and why it ended: {self._outcome().write_failure(error, self.under_way)}")
 
     def _forget(self) -> None:
         for step in self.plan.steps:
@@ -169,8 +196,10 @@ class _Session:
         """Start the process with torch, if it will be needed: its imports are long. The other one follows."""
         missing = [step for step in self.plan.steps if step.key is None or self.plan.store.get(step.key) is None]
         if missing:
-            torch = any(step.needs_torch or step.limits is not None for step in missing)
-            self._worker(torch)
+            alone = [step for step in missing if not step.hosts]
+            torch = any(step.needs_torch for step in alone) or any(step.limits is not None for step in missing)
+            if torch or alone:
+                self._worker(torch)
             self._light_soon = torch and any(not step.needs_torch for step in missing)
 
     def _relay(self, event: Event) -> None:
@@ -183,37 +212,60 @@ class _Session:
     def _worker(self, torch: bool) -> Worker:
         worker = self.workers.get(torch)
         if worker is None or not worker.alive:
-            preload: dict[str, None] = {}
-            for step in self.plan.steps:
-                if step.needs_torch == torch and not step.cached:
-                    preload.update(dict.fromkeys(PASSES[step.type].preload))
+            steps = [
+                step for step in self.plan.steps if step.needs_torch == torch and not step.cached and not step.hosts
+            ]
             worker = Worker(
                 _WORKER_MODULE,
-                preload=tuple(preload),
-                log=self.plan.store.root
-                / "logs"
-                / f"{self.plan.loaded.workflow.workflow_id}-{'torch' if torch else 'light'}.log",
-                environment={
-                    # GNU OpenMP's threads spin 300,000 times before they sleep. Beside one busy process that made
-                    # training steps 70 times slower on 2 cores; 1,000 times cost a sixth on a quiet machine.
-                    "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
-                    # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
-                    "HF_HUB_DISABLE_TELEMETRY": "1",
-                    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                    "DISABLE_TELEMETRY": "1",
-                    "TOKENIZERS_PARALLELISM": "false",
-                    "TRANSFORMERS_VERBOSITY": "warning",
-                    # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
-                    **({} if torch else {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}),
-                },
+                preload=_preload(steps),
+                log=self._log("torch" if torch else "light"),
+                # The builder's own threads divide the work; BLAS threads below them cost a factor of two.
+                environment={} if torch else {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")},
             )
             self.workers[torch] = worker
         return worker
 
+    def _log(self, name: str) -> Path:
+        return self.plan.store.root / "logs" / f"{self.plan.loaded.workflow.workflow_id}-{name}.log"
+
     def _perform(
         self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
     ) -> dict[str, Any]:
-        job = Job(
+        job = self._job(kind, step, model, parameters)
+        return self._worker(torch).perform(job, self._relay, advice=lambda: advice)
+
+    def _run_pass(self, step: Step, model: Artifact, out: Path, work: Path) -> dict[str, Any]:
+        """In one process, or in as many as the step has."""
+        parameters = {
+            "type": step.type, "config": step.config.model_dump(mode="json"), "output": str(out), "work": str(work),
+            "logs": str(log_folder(self.plan, step)),
+        }  # fmt: skip
+        advice = _memory_advice(step)
+        if not step.hosts:
+            return self._perform("pass", step.name, model, step.needs_torch, advice, **parameters)
+        self.group = WorkerGroup(
+            _WORKER_MODULE,
+            hosts=step.hosts,
+            device=self.plan.accelerator.device,
+            preload=_preload([step]),
+            log=self._log(step.name),
+        )
+        aside = work / "outputs-of-other-ranks"
+        try:
+            outputs = [out, *(aside / str(rank) for rank in range(1, self.group.ranks))]
+            for folder in outputs[1:]:
+                folder.mkdir(parents=True, exist_ok=True)
+            jobs = [self._job("pass", step.name, model, {**parameters, "output": str(folder)}) for folder in outputs]
+            result = self.group.perform(jobs, self.emit, advice=lambda: advice)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        # Its memory is wanted for what comes next. (After an error its processes are ended; a stop must reach them.)
+        self.group.close()
+        self.group = None
+        return result
+
+    def _job(self, kind: Any, step: str, model: Artifact, parameters: Mapping[str, Any]) -> Job:
+        return Job(
             kind=kind,
             step=step,
             model=artifact_to_dict(model),
@@ -222,15 +274,16 @@ class _Session:
             trust_remote_code=self.plan.trust_remote_code,
             parameters=parameters,
         )
-        return self._worker(torch).perform(job, self._relay, advice=lambda: advice)
 
     def stop(self) -> None:
-        for worker in self.workers.values():
-            worker.stop()
+        for busy in (self.group, *self.workers.values()):
+            if busy is not None:
+                busy.stop()
 
     def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
+        for ended in (self.group, *self.workers.values()):
+            if ended is not None:
+                ended.close()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -240,6 +293,8 @@ class _Session:
             entry = self.plan.store.get(step.key, touch=True)
             cached = entry is not None
             entry = self._work(step, model) if entry is None else self._proved(step, model, entry)
+        if cached and (told := logs_elsewhere(self.plan, step, entry)) is not None:
+            self.say(told, step.name)
         result = _step_result(step, entry, cached)
         self.steps.append(result)
         self.emit(
@@ -262,10 +317,7 @@ class _Session:
         out, work = self.plan.store.partial(step.key)
         done = False
         try:
-            result = self._perform(
-                "pass", step.name, model, step.needs_torch, _memory_advice(step),
-                type=step.type, config=step.config.model_dump(mode="json"), output=str(out), work=str(work),
-            )  # fmt: skip
+            result = self._run_pass(step, model, out, work)
             artifact = artifact_from_dict(result["artifact"])
             if (difference := step.spec.mismatch(artifact.describe())) is not None:
                 raise StepError(
@@ -276,11 +328,13 @@ class _Session:
                 "pass": step.type,
                 "step": step.name,
                 "coldpress": coldpress.__version__,
-                "libraries": library_versions(_RECORDED_LIBRARIES),
+                "libraries": library_versions(LIBRARIES),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "config": step.config.model_dump(mode="json"),
                 "refers_to": _refers_to(artifact, self.plan.store.root),
+                "ranks": sum(host.slots for host in step.hosts) or 1,
                 **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
+                **({"logs": str(log_folder(self.plan, step))} if reporters_of(step) else {}),
             }
             if step.limits is not None:
                 record["parity"] = self._prove(step, model, artifact)
@@ -347,11 +401,12 @@ class _Session:
                 value=found["value"],
                 standard_error=found["standard_error"],
                 n=found["n"],
+                unit="share",
                 higher_is_better=metric.sub_types[0].higher_is_better,
                 cached=cached,
             )
             self.scores.append(score)
-            self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached))
+            self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached, score.unit))
 
     def _metric_identity(self, metric: Metric) -> Any:
         config = metric.data_config
@@ -371,39 +426,10 @@ class _Session:
             (output_dir / "run.json").unlink(missing_ok=True)
         return publish(entry, output_dir)
 
-    def _record(self, output: Path) -> RunResult:
-        plan, seconds = self.plan, time.perf_counter() - self.started
-        path = plan.output_dir / "run.json"
-        result = RunResult(output, path, tuple(self.steps), tuple(self.scores), seconds)
-        published = {
-            file.relative_to(output).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns]
-            for file in sorted(output.rglob("*")) if file.is_file()
-        }  # fmt: skip
-        record = {
-            "coldpress": coldpress.__version__,
-            "started": self.started_at,
-            "seconds": round(seconds, 3),
-            "config_file": str(plan.loaded.path) if plan.loaded.path else None,
-            "dialect": plan.loaded.dialect,
-            "config": plan.loaded.document,
-            "hardware": dataclasses.asdict(plan.hardware),
-            "libraries": library_versions(_RECORDED_LIBRARIES),
-            "input": {"key": plan.input_key, "path": str(input_artifact(plan).model)},
-            "output": {"key": self.steps[-1].key, "path": str(output), "files": published},
-            "steps": [_plain(step) for step in self.steps],
-            "scores": [_plain(score) for score in self.scores],
-            "warnings": self.warnings,
-        }
-        with disk_errors(plan.output_dir):
-            write_json(path, record)
-        plan.store.digests.save()
-        self.emit(RunFinished(str(output), seconds, str(path)))
-        return result
 
-
-def _plain(value: Any) -> dict[str, Any]:
-    """A result as JSON values: paths as text."""
-    return {name: str(item) if isinstance(item, Path) else item for name, item in dataclasses.asdict(value).items()}
+def _preload(steps: Iterable[Step]) -> tuple[str, ...]:
+    """Modules that the passes of these steps import."""
+    return tuple(dict.fromkeys(module for step in steps for module in PASSES[step.type].preload))
 
 
 def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
@@ -418,6 +444,7 @@ def _step_result(step: Step, entry: Entry, cached: bool) -> StepResult:
         seconds=record["seconds"],
         peak_bytes=record["peak_bytes"],
         peak_anonymous_bytes=record["peak_anonymous_bytes"],
+        ranks=record.get("ranks", 1),
         path=entry.path,
         parity=measured,
         parity_seconds=0.0 if parity is None else parity["seconds"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from coldpress.hardware import detect
 from coldpress.passes.base import Context
 from coldpress.registry import PASSES
 from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
+from coldpress.systems.remote import STOP_LINE
 
 __all__ = ["PeakMeter", "main", "perform"]
 
@@ -94,6 +96,10 @@ def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
         data_configs=data_configs,
         emit=with_memory,
         trust_remote_code=job.trust_remote_code,
+        logs=Path(job.parameters["logs"]) if "logs" in job.parameters else None,
+        rank=int(os.environ.get("RANK", 0)),
+        ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        neighbours=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
     model = artifact_from_dict(job.model)
     started = time.perf_counter()
@@ -166,7 +172,10 @@ def main() -> None:
 def _read(lines: Queue[str | None], busy: threading.Event) -> None:
     """Hand over jobs as they come. When the parent is gone there is nobody to work for."""
     for line in sys.stdin:
-        lines.put(line)
+        if line == STOP_LINE:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            lines.put(line)
     if busy.is_set():
         os._exit(1)
     lines.put(None)

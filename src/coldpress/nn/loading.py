@@ -331,5 +331,6 @@ def _four_bit(
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        llm_int8_skip_modules=sorted(set(matrices) - set(_quantized(matrices, classifier))) or ["lm_head"],
+        # A tied head has no tensor of its own.
+        llm_int8_skip_modules=sorted({"lm_head", *matrices} - set(_quantized(matrices, classifier))),
     )

@@ -1,49 +1,74 @@
-"""Training an adapter with Transformers' Trainer: progress, checkpoints that survive a kill, and a loss curve.
+"""Training with Transformers' Trainer: rows to packed micro-batches, progress, and nothing that a kill could take.
 
-work/checkpoints/checkpoint-40/     written by Trainer: adapter, optimizer, schedule, random state
-                 ... curve.json     loss of every step so far
-                 ... complete       written last; a checkpoint without it is not resumed from
+Trainer keeps the loop, the schedule, the optimizer and the checkpoints. Its batch is a whole step (all rows between two
+updates); how a step is cut into micro-batches, and how the model is asked for their loss, is decided here.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+import functools
 import math
 import os
-import re
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from coldpress.data.packing import IGNORED, TokenSequence
+from coldpress.data.packing import TokenSequence
 from coldpress.errors import Interrupted, TrainingError
-from coldpress.events import Message, Progress, Sink
+from coldpress.events import Message, Sink
 from coldpress.nn import imports
+from coldpress.nn.checkpoints import last_checkpoint, resume_point
+from coldpress.nn.reporters import reporting
+from coldpress.nn.watch import Evaluations, Watch
 
-__all__ = ["TrainingReport", "collate", "last_checkpoint", "train"]
+__all__ = ["Batching", "Stopping", "TrainingReport", "last_checkpoint", "train"]
 
-CHECKPOINT_SECONDS = 120.0
-"""Between checkpoints, when the config does not say when to save."""
-CHECKPOINT_SHARE = 0.05
-"""Saving takes at most this share of the time: slow disks and large adapters are saved less often."""
-PROGRESS_SECONDS = 0.2
-"""Between progress events."""
+DEFAULT_ROWS = 8
+"""Of a batch, where the config does not say (Transformers' default)."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How much goes through the model at once. It changes speed and memory, not what is learned."""
+
+    tokens: int = 4096
+    """Of a micro-batch, at most; a longer record is one by itself."""
+    records: int | None = None
+    """Of a micro-batch, at most."""
+    room: int | None = None
+    """Bytes for what a micro-batch keeps, where that is little: one is then tried before the training. None: plenty."""
+    most: int = 4096
+    """Tokens of a micro-batch beyond which nothing is gained."""
+    checkpointing: bool | None = None
+    """Keep only the input of each block and compute the rest again; None is what the arguments say."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What is handed over, and when training may end early. Both need evaluations."""
+
+    load_best: bool = True
+    """Hand over the weights with the lowest evaluation loss instead of the last ones."""
+    patience: int | None = None
+    """Evaluations without improvement after which training ends."""
+    threshold: float = 0.0
+    """Nats per token that count as improvement."""
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training did. Losses in nats per token."""
+    """What a training did. Losses in nats per token (per record for classes)."""
 
     steps: int
     seconds: float
-    """Of this process; a resumed training took longer."""
+    """Of this process's training loop; a resumed training took longer."""
     tokens: int
     """Trained on, padding not counted, over all epochs."""
     losses: tuple[float, ...]
@@ -52,6 +77,16 @@ class TrainingReport:
     """Every point that was logged: loss, learning rate, gradient norm, evaluation loss."""
     resumed_from: int | None = None
     """Step of the checkpoint that this training went on from."""
+    tokens_per_second: float = 0.0
+    """Of this process's training loop, evaluations and checkpoints included."""
+    best_step: int | None = None
+    """Step whose weights are handed over, where that is not the last."""
+    form: str = "packed"
+    """packed, padded or classes."""
+    fused: Mapping[str, int] = field(default_factory=dict)
+    """Layers that computed in fused form, by kind."""
+    ranks: int = 1
+    """Processes that trained together; a step has as many times the rows of the arguments."""
 
     @property
     def loss(self) -> float:
@@ -61,51 +96,28 @@ class TrainingReport:
 
     @property
     def eval_loss(self) -> float | None:
-        found = [point["eval_loss"] for point in self.log if "eval_loss" in point]
-        return found[-1] if found else None
+        """Of the weights that are handed over."""
+        found = {int(point["step"]): point["eval_loss"] for point in self.log if "eval_loss" in point}
+        if self.best_step is not None:
+            return found.get(self.best_step)
+        return found[max(found)] if found else None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
             "seconds": round(self.seconds, 3),
             "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens_per_second, 1),
             "loss": self.loss,
             "eval_loss": self.eval_loss,
+            "best_step": self.best_step,
             "resumed_from": self.resumed_from,
+            "ranks": self.ranks,
+            "form": self.form,
+            "fused": dict(self.fused),
             "losses": list(self.losses),
             "log": [dict(point) for point in self.log],
         }
-
-
-def collate(
-    sequences: Sequence[Mapping[str, Any]], *, pad_id: int, padding_side: str = "right", use_mask: bool = True
-) -> dict[str, Any]:
-    """One batch, padded to its longest sequence: `input_ids`, `labels` and, where padding could be seen, a mask.
-
-    A causal model never looks right, so padding on the right needs no mask, and without one attention is faster.
-    """
-    import torch
-
-    longest = max(len(one["input_ids"]) for one in sequences)
-    left = padding_side == "left"
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        gap = [fill] * (longest - len(values))
-        return gap + values if left else values + gap
-
-    if "label" in sequences[0]:  # a classifier looks at whole texts, and must not see padding
-        return {
-            "input_ids": torch.tensor([padded(one["input_ids"], pad_id) for one in sequences]),
-            "attention_mask": torch.tensor([padded([1] * len(one["input_ids"]), 0) for one in sequences]),
-            "labels": torch.tensor([one["label"] for one in sequences]),
-        }
-    batch = {
-        "input_ids": torch.tensor([padded(one["input_ids"], pad_id) for one in sequences]),
-        "labels": torch.tensor([padded(one["labels"], IGNORED) for one in sequences]),
-    }
-    if left and use_mask:
-        batch["attention_mask"] = torch.tensor([padded([1] * len(one["input_ids"]), 0) for one in sequences])
-    return batch
 
 
 def train(
@@ -116,73 +128,163 @@ def train(
     arguments: Mapping[str, Any],
     pad_id: int,
     padding_side: str = "right",
-    use_mask: bool = True,
     work: Path,
     step: str,
     emit: Sink,
+    logs: Path | None = None,
+    batching: Batching | None = None,
+    stopping: Stopping | None = None,
+    describe: Callable[[int], str] = str,
 ) -> TrainingReport:
     """Train what requires gradients in `model`, in place. `arguments` are Transformers' TrainingArguments.
 
-    Goes on from the last complete checkpoint in `work`. SIGTERM and SIGINT save one and raise Interrupted. Raises
-    TrainingError when the loss is not finite, or the arguments do not go together.
+    Goes on from the last whole checkpoint in `work`. SIGTERM and SIGINT save one and raise Interrupted. Raises
+    TrainingError when the loss is no number or diverges, or the arguments do not go together. `describe` gives the
+    text of a training sequence, for messages. The services of `report_to` write into `logs` (default: in `work`).
     """
     imports.load_training(quantized=imports.needs_bitsandbytes(str(arguments.get("optim") or "")))
+    from coldpress.nn import ranks
+    from coldpress.nn.losses import loss_of
+
     folder = work / "checkpoints"
-    resume, given = _resume_point(folder, arguments.get("resume_from_checkpoint"))
-    trainer, watch = _trainer(
-        model, sequences, held_out, {**arguments, **given}, pad_id, padding_side, use_mask, folder, step, emit
+    stopping = stopping or Stopping()
+    checked = _checked({**arguments, "resume_from_checkpoint": None}, folder, held_out, len(sequences))
+    # The ranks, if there are several, know each other from here on.
+    resume, broken = ranks.from_first(lambda: resume_point(folder, arguments.get("resume_from_checkpoint")))
+    for name in broken:
+        emit(Message("warning", f"{name} was cut short and is not used", step))
+    watch = Watch(
+        step,
+        emit,
+        timed=str(checked.save_strategy.value) == "no",
+        describe=describe,
+        evaluations=Evaluations(stopping.patience, stopping.threshold),
     )
     if resume is not None:
         watch.resume(resume)
-    started = time.perf_counter()
-    with _stop_signals(watch), imports.quiet_renames():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if watch.stopped:
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
-            hint="its checkpoint is kept: the same command goes on from there",
-        )
-    done = int(trainer.state.global_step)
+    autocast = _autocast_type(model, checked)
+    told = reporting(
+        arguments.get("report_to") if checked.process_index == 0 else None,
+        step=step,
+        logs=logs or work / "logs",
+        work=work,
+        resumed_at=watch.resumed_from,
+        emit=emit,
+    )
+    with (
+        _stop_signals(watch),
+        imports.quiet_renames(),
+        loss_of(model, sequences, autocast=autocast) as loss,
+        told as reporters,
+    ):
+        if loss.form == "padded":
+            emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
+        if loss.own_types(model) and checked.bf16:
+            # Nothing is left for autocast to cast, and each of its casts costs time.
+            checked.bf16, checked.mixed_precision = False, "no"
+        how = _tried(model, sequences, loss, batching or Batching(), autocast if checked.bf16 else None, step, emit)
+        plain = ranks.PlainModel(model)
+        trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
+        for reporter in reporters:
+            trainer.add_callback(reporter)
+        ranks.check_alike(form=loss.form, sequences=len(sequences), tokens=sum(len(one.ids) for one in sequences))
+        ranks.draw_apart(checked.seed)
+        started, before = time.perf_counter(), watch.tokens
+        watch.begin()
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        except TrainingError as error:
+            raise trainer.with_last_good(error, work / "last-good") from error
+        seconds = time.perf_counter() - started
+        done = int(trainer.state.global_step)
+        if watch.stopped:
+            raise Interrupted(
+                f"stopped at step {done} of {trainer.state.max_steps}",
+                hint="its checkpoint is kept: the same command goes on from there",
+            )
+        trainer.finish(stopping.load_best)
+        plain.restore()
     if done == 0:
         raise TrainingError("not one training step was made", hint="check num_train_epochs, max_steps and the data")
     return TrainingReport(
         steps=done,
-        seconds=time.perf_counter() - started,
-        tokens=round(watch.tokens_per_step * done),
+        seconds=seconds,
+        tokens=watch.tokens,
         losses=tuple(watch.losses),
         log=tuple(dict(point) for point in trainer.state.log_history if "train_runtime" not in point),
         resumed_from=watch.resumed_from,
+        tokens_per_second=(watch.tokens - before) / max(seconds, 1e-9),
+        best_step=trainer.handed_over,
+        form=loss.form,
+        fused=dict(loss.fused.counts),
+        ranks=ranks.ranks(),
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [
-        (int(match.group(1)), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "complete").is_file()
-    ]
-    return max(found)[1] if found else None
+def _tried(
+    model: Any, sequences: Sequence[TokenSequence], loss: Any, batching: Batching, autocast: Any, step: str, emit: Sink
+) -> Batching:
+    """Where room is short, what one micro-batch showed."""
+    if batching.room is None:
+        return batching
+    from coldpress.nn.probe import probed
+
+    found, size = probed(model, sequences, loss, batching, autocast)
+    emit(Message("info", f"one micro-batch took {size / 1e3:.0f} kB a token: {found.tokens} tokens at a time", step))
+    return found
 
 
-def _resume_point(folder: Path, asked: Any) -> tuple[Path | None, dict[str, Any]]:
-    """Where to go on from: our own last checkpoint, else the one that the config names. False starts afresh."""
-    own = last_checkpoint(folder)
-    if asked is False:
-        shutil.rmtree(folder, ignore_errors=True)
-        return None, {"resume_from_checkpoint": None}
-    if own is None and isinstance(asked, str):
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise TrainingError(f"resume_from_checkpoint: {asked} is not a checkpoint of Trainer")
-        own = Path(asked)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path != own and path.name.startswith("checkpoint-") and not (path / "complete").is_file():
-            shutil.rmtree(path, ignore_errors=True)  # cut short by a kill
-    return own, {"resume_from_checkpoint": None}
+def _checked(arguments: Mapping[str, Any], folder: Path, held_out: Any, count: int) -> Any:
+    """TrainingArguments: a step is one batch for Trainer; saving, logging and evaluating as the config says."""
+    import transformers
+
+    given = copy.deepcopy(dict(arguments))  # Transformers changes mappings in place
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        given.pop("ddp_backend", None)  # accelerate refuses one that it does not need
+    rows = int(given.pop("per_device_train_batch_size", None) or DEFAULT_ROWS)
+    rows *= int(given.pop("gradient_accumulation_steps", None) or 1)
+    ours: dict[str, Any] = {
+        "output_dir": str(folder),
+        "disable_tqdm": True,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "save_total_limit": 2,
+        "save_strategy": "steps" if "save_steps" in given else "no",
+        **_evaluation_defaults(given, held_out, rows, count),
+    }
+    for name in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_nan_inf_filter"):
+        given.pop(name, None)  # see Stopping, and Watch: a loss that is no number ends the training
+    given.pop("logging_dir", None)
+    given["report_to"] = "none"  # see reporters.py
+    try:
+        with imports.quiet_renames():
+            checked = transformers.TrainingArguments(**{**ours, **given}, per_device_train_batch_size=rows)
+    except (TypeError, ValueError, ImportError) as error:
+        raise TrainingError(f"training_args: {error}", hint="see Transformers' TrainingArguments") from error
+    checked._n_gpu = min(checked.n_gpu, 1)  # several devices are several processes here, never DataParallel
+    return checked
+
+
+def _evaluation_defaults(given: Mapping[str, Any], held_out: Any, rows: int, count: int) -> dict[str, Any]:
+    """Ten evaluations a training, where there is held-out data and the config does not say when."""
+    strategy = given.get("eval_strategy") or "steps"
+    if held_out is None or strategy != "steps" or given.get("eval_steps") is not None:
+        return {}
+    steps = int(given.get("max_steps") or -1)
+    if steps <= 0:
+        steps = math.ceil(math.ceil(count / rows) * float(given.get("num_train_epochs") or 3))
+    return {"eval_strategy": "steps", "eval_steps": max(1, math.ceil(steps / 10))}
+
+
+def _autocast_type(model: Any, arguments: Any) -> Any:
+    """The type that accelerate will have products computed in, if that is not the model's own."""
+    import torch
+
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 class _Sequences:
-    """Token sequences as Trainer's data loader takes them."""
+    """Token sequences as Trainer's data loader and its length-grouping sampler take them."""
 
     def __init__(self, sequences: Sequence[TokenSequence]) -> None:
         self._sequences = sequences
@@ -191,169 +293,60 @@ class _Sequences:
         return len(self._sequences)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        one = self._sequences[place]
-        label = {} if one.target is None else {"label": one.target}  # a name that Trainer does not take out
-        return {"input_ids": one.ids, "labels": one.labels, **label}
+        return {"index": place, "input_ids": self._sequences[place].ids, "sequence": self._sequences[place]}
 
 
 def _trainer(
     model: Any,
     sequences: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence] | None,
-    arguments: Mapping[str, Any],
+    arguments: Any,
+    batching: Batching,
     pad_id: int,
     padding_side: str,
-    use_mask: bool,
-    folder: Path,
-    step: str,
-    emit: Sink,
-) -> tuple[Any, _Watch]:
-    import transformers
+    watch: Watch,
+    loss: Any,
+) -> Any:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    class WatchedTrainer(transformers.Trainer):  # type: ignore[misc]
-        """Trainer that shows every micro-batch's loss to the watch."""
+    from coldpress.nn.batches import cut_step, idle
+    from coldpress.nn.trainer import StepTrainer
 
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            watch.add(float(loss), self.state.global_step)
-            return loss
-
-    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
-        """Trainer's events, handed to the watch."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watch.end_of_step(state, control)
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watch.saved(folder / f"checkpoint-{state.global_step}")
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            watch.logged(logs or {})
-
-    ours = {
-        "output_dir": str(folder),
-        "disable_tqdm": True,
-        "report_to": "none",
-        "prediction_loss_only": True,
-        "save_total_limit": 2,
-        "save_strategy": "steps" if "save_steps" in arguments else "no",
-    }
+    cut = functools.partial(
+        cut_step,
+        form=loss.form,
+        tokens=batching.tokens,
+        records=batching.records,
+        pad_id=pad_id,
+        padding_side=padding_side,
+        apart=loss.apart,
+    )
+    if batching.checkpointing is not None:
+        arguments.gradient_checkpointing = batching.checkpointing
+    if arguments.gradient_checkpointing:
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        model.config.use_cache = False
     try:
-        with imports.quiet_renames():
-            checked = transformers.TrainingArguments(**{**ours, **arguments})
-        watch = _Watch(step, emit, _tokens_per_step(sequences, checked), timed=str(checked.save_strategy.value) == "no")
-        trainer = WatchedTrainer(
+        trainer = StepTrainer(
             model=model,
-            args=checked,
+            args=arguments,
             train_dataset=_Sequences(sequences),
             eval_dataset=None if held_out is None else _Sequences(held_out),
-            data_collator=lambda batch: collate(batch, pad_id=pad_id, padding_side=padding_side, use_mask=use_mask),
-            callbacks=[Callback()],
+            data_collator=lambda rows: (
+                cut([(one["index"], one["sequence"]) for one in rows]) if rows else idle(cut([(0, sequences[0])]))
+            ),
+            watch=watch,
+            loss=loss,
         )
     except (TypeError, ValueError, ImportError) as error:
         raise TrainingError(f"training_args: {error}", hint="see Transformers' TrainingArguments") from error
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    return trainer, watch
-
-
-def _tokens_per_step(sequences: Sequence[TokenSequence], arguments: Any) -> float:
-    mean = sum(len(one.ids) for one in sequences) / len(sequences)
-    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(arguments.world_size, 1)
-    return float(mean * min(rows, len(sequences)))
-
-
-class _Watch:
-    """What happens while Trainer runs: losses, progress events, when to save, when to stop."""
-
-    def __init__(self, step: str, emit: Sink, tokens_per_step: float, *, timed: bool) -> None:
-        self.step, self.emit, self.tokens_per_step, self.timed = step, emit, tokens_per_step, timed
-        self.losses: list[float] = []
-        self.resumed_from: int | None = None
-        self.stop_asked = False
-        self.stopped = False
-        self._micro = 0.0
-        self._values: dict[str, float] = {}
-        self._first = self._shown = self._saved = time.monotonic()
-        self._first_step = 0
-        self._save_began: float | None = None
-        self._save_took = 0.0
-
-    def resume(self, checkpoint: Path) -> None:
-        self.resumed_from = self._first_step = int(checkpoint.name.rpartition("-")[2])
-        curve = checkpoint / "curve.json"
-        if curve.is_file():
-            self.losses = [float(value) for value in json.loads(curve.read_text(encoding="utf-8"))]
-        self.emit(Message("info", f"goes on from the checkpoint at step {self.resumed_from}", self.step))
-
-    def add(self, loss: float, done: int) -> None:
-        """Loss of one micro-batch, already its share of the step's."""
-        if not math.isfinite(loss):
-            raise self._broken(loss, done)
-        self._micro += loss
-
-    def _broken(self, loss: float, done: int) -> TrainingError:
-        if not self.losses:
-            return TrainingError(
-                f"the loss is {loss} in the first step, before any weight was changed: the model itself yields it",
-                hint="does the checkpoint hold NaN or infinite weights, or overflow in this torch_dtype?",
-            )
-        return TrainingError(
-            f"the loss became {loss} in step {done + 1}; the last finite one was {self.losses[-1]:.4g} in step {done}",
-            hint="lower learning_rate, set max_grad_norm, or look at the data with `coldpress data`",
-        )
-
-    def end_of_step(self, state: Any, control: Any) -> None:
-        now = time.monotonic()
-        self.losses.append(self._micro)
-        self._micro = 0.0
-        done, total = int(state.global_step), int(state.max_steps)
-        if self.stop_asked and done < total:
-            self.stopped = control.should_save = control.should_training_stop = True
-        elif (
-            self.timed
-            and done < total
-            and now - self._saved > max(CHECKPOINT_SECONDS, self._save_took / CHECKPOINT_SHARE)
-        ):
-            control.should_save = True
-        if control.should_save:
-            self._save_began = now
-        if now - self._shown >= PROGRESS_SECONDS or done in (1, total):
-            self._shown = now
-            self.emit(
-                Progress(self.step, done, total, "steps", {"loss": self.losses[-1], **self._rates(done, total, now)})
-            )
-
-    def _rates(self, done: int, total: int, now: float) -> dict[str, float]:
-        seconds = max(now - self._first, 1e-9)
-        made = max(done - self._first_step, 1)
-        return {
-            "tokens_per_second": self.tokens_per_step * made / seconds,
-            "eta_seconds": seconds / made * (total - done),
-            **self._values,
-        }
-
-    def logged(self, logs: Mapping[str, Any]) -> None:
-        self._values.update(
-            {name: float(logs[name]) for name in ("learning_rate", "grad_norm", "eval_loss") if name in logs}
-        )
-
-    def saved(self, checkpoint: Path) -> None:
-        """Mark a checkpoint as complete, after all that Trainer wrote is on disk."""
-        (checkpoint / "curve.json").write_text(json.dumps(self.losses), encoding="utf-8")
-        for path in checkpoint.iterdir():
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        (checkpoint / "complete").touch()
-        self._saved = time.monotonic()
-        self._save_took = self._saved - (self._save_began or self._saved)
-        self._save_began = None
+    return trainer
 
 
 @contextmanager
-def _stop_signals(watch: _Watch) -> Iterator[None]:
+def _stop_signals(watch: Watch) -> Iterator[None]:
     """SIGTERM and SIGINT ask for a checkpoint and an end after the running step; a second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -44,6 +44,12 @@ class Adaptation:
     """The model has this adapter already."""
 
     @property
+    def begins_as_base(self) -> bool:
+        """Whether it changes nothing before it is trained."""
+        at_random = any(self.settings.get(name) is False for name in ("init_lora_weights", "init_weights"))
+        return not self.goes_on and not at_random
+
+    @property
     def result(self) -> AdapterSpec:
         return adapter_spec({"peft_type": self.peft_type, **self.saved}, self.targets.modules)
 

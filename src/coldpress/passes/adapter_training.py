@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from coldpress.artifacts.base import Artifact, BaseQuantization, Spec
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
+from coldpress.hardware import Hardware
 from coldpress.nn.adapted import begins_with_base, put_adapter_on, save_adapter, starting_products, take_adapter_up
 from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.passes.adapter_continued import continued, refuse_other_settings
@@ -26,14 +27,17 @@ from coldpress.passes.fine_tuning import (
     prepared_data,
     refuse_untrainable,
     require_packages,
+    seed_of,
     sequence_length,
     train_model,
     training_notes,
-    write_record,
+    whole_on,
 )
+from coldpress.passes.rehearsal import rehearse, require_disk
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import AdapterConfig
-from coldpress.passes.training_estimate import training_estimate
+from coldpress.passes.training_estimate import TrainingMemory, size_of, training_estimate, training_memory
+from coldpress.passes.training_record import document_training
 
 __all__ = ["AdapterTraining"]
 
@@ -46,8 +50,10 @@ class AdapterTraining:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
-
     peft_type: ClassVar[str] = "LORA"
+    starts_apart: ClassVar[bool] = False
+    """Whether `begin` gives the adapter a start that changes the base."""
+    distributed: ClassVar[bool] = True
 
     def fresh(self, config: Any, spec: Spec) -> Adaptation:
         """A new adapter to train; raises PlanError."""
@@ -79,6 +85,8 @@ class AdapterTraining:
                 "the model is quantized already, so it cannot be held in 4 bits of bitsandbytes",
                 hint="take the unquantized model, or train a plain LoRA adapter",
             )
+        if quantization is not None and config.training_args.get("fsdp"):
+            raise PlanError("FSDP does not divide 4-bit weights", hint="leave fsdp out: each process holds them all")
         length, notes = sequence_length(config, spec, env)
         notes = (*adaptation.notes, *notes, *training_notes(config, env), *self.notes(config, spec))
         planned = Spec(
@@ -90,9 +98,30 @@ class AdapterTraining:
             base_quantization=quantization if self.recorded(config) else None,
             task=spec.task,
         )
-        trained = trained_parameters(adaptation, as_trained(spec))
+        memory = self.memory(config, adaptation, quantization, as_trained(spec), env.hardware, env.accelerator.device)
         name = env.data(config.train_data_config).name
-        return Planned(planned, training_estimate(config, spec, env, trained, quantization, length, name), notes)
+        written = 4 * trained_parameters(adaptation, as_trained(spec))
+        return Planned(planned, training_estimate(config, spec, env, memory, length, name, written=written), notes)
+
+    def memory(
+        self,
+        config: Any,
+        adaptation: Adaptation,
+        quantization: BaseQuantization | None,
+        spec: Spec,
+        hardware: Hardware,
+        device: str,
+    ) -> TrainingMemory:
+        layers = max(1, size_of(spec, "num_hidden_layers", 1))
+        return training_memory(
+            config,
+            spec,
+            hardware,
+            device,
+            trained=trained_parameters(adaptation, spec),
+            quantization=quantization,
+            rank=sum(adaptation.ranks.values()) // layers,
+        )
 
     def refuse_other(self, config: Any, spec: Spec) -> None:
         """Raise PlanError for what is given and differs from the adapter that the model has."""
@@ -126,21 +155,13 @@ class AdapterTraining:
             assert model.adapter is not None
             adapted = take_adapter_up(base, model.adapter, adaptation.settings)
         else:
-            seed = int(config.training_args.get("seed") or 42)
-            adapted = put_adapter_on(base, adaptation.peft_type, adaptation.settings, seed)
+            adapted = put_adapter_on(base, adaptation.peft_type, adaptation.settings, seed_of(config))
             self.begin(config, adaptation, adapted, model, ctx)
             start = starting_products(adapted) if begins_with_base(adaptation.settings) else None
-        record = train_model(config, adapted, prepared, tokenizer, ctx)
         adapter = ctx.output / "adapter"
         own = os.path.relpath(folder, adapter) if folder.is_relative_to(ctx.output) else str(folder)
         settings = {**adaptation.saved, "base_model_name_or_path": own}
-        save_adapter(adapted, adapter, adaptation.targets.peft, settings=settings, start=start)
-        copy_tokenizer(model.tokenizer_path, adapter)
-        if classifier is not None:
-            write_config(adapter, classifier)
-        went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
-        write_record(adapter, {**record, "method": type(self).__name__, **went_on})
-        return Artifact(
+        made = Artifact(
             path=ctx.output,
             kind="checkpoint",
             model=folder,
@@ -149,6 +170,39 @@ class AdapterTraining:
             base_quantization=quantization if self.recorded(config) else None,
             task=model.task,
         )
+
+        def save(place: Path) -> None:
+            save_adapter(adapted, place, adaptation.targets.peft, settings=settings, start=start)
+            if classifier is not None:
+                write_config(place, classifier)
+
+        sizes = as_trained(spec)
+        if ctx.rank == 0:
+            require_disk(ctx.work, 4 * trained_parameters(adaptation, sizes))
+            rehearse(
+                made,
+                adaptation.result,
+                save,
+                ctx.work,
+                begins_as_base=not self.starts_apart and adaptation.begins_as_base,
+            )
+        memory = self.memory(config, adaptation, quantization, sizes, ctx.hardware, ctx.accelerator.device)
+        record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
+        if ctx.rank == 0:
+            save(adapter)
+            copy_tokenizer(model.tokenizer_path, adapter)
+            went_on = {"goes_on_with": str(model.adapter)} if adaptation.goes_on else {}
+            document_training(
+                adapter,
+                {**record, **went_on},
+                method=type(self).__name__,
+                config=config,
+                arguments=record["arguments"],
+                prepared=prepared,
+                model=model,
+                ctx=ctx,
+            )
+        return made
 
     def base_folder(self, config: Any, adaptation: Adaptation, model: Artifact, ctx: Context) -> Path:
         """Where the base lies that is trained on."""
@@ -172,19 +226,16 @@ class AdapterTraining:
 
         dtype, slow_bf16 = computes_in(config, ctx)
         with torch.random.fork_rng(devices=[]):  # a classifier's head is drawn
-            torch.manual_seed(int(config.training_args.get("seed") or 42))
+            torch.manual_seed(seed_of(config))
             base = load_model(
                 folder,
                 dtype=dtype if quantization is None else quantization.compute_dtype,
                 trust_remote_code=ctx.trust_remote_code,
                 quantization=quantization,
-                device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+                device_map=whole_on(config, ctx),
                 classifier=classifier,
             )
         if quantization is not None and slow_bf16:
             for layer in four_bit_layers(base).values():
                 layer.compute_dtype = torch.float32
-        if config.training_args.get("gradient_checkpointing"):
-            base.enable_input_require_grads()
-            base.config.use_cache = False
         return base

@@ -66,6 +66,8 @@ class PlanContext:
     """By name, paths already absolute."""
     data_bytes: Mapping[str, int]
     """Size of the files behind each data config; absent where unknown."""
+    ranks: int = 1
+    """Processes that run the step together, where the pass can (`distributed`)."""
 
     def data(self, reference: str | DataConfig) -> DataConfig:
         return _data_config(self.data_configs, reference)
@@ -86,6 +88,14 @@ class Context:
     data_configs: Mapping[str, DataConfig]
     emit: Sink
     trust_remote_code: bool = False
+    logs: Path | None = None
+    """Folder in the run's output that a training's reporters write into."""
+    rank: int = 0
+    """Of several processes that run the step together, which this is. Only rank 0 writes the result: the output folder
+    of the others is thrown away, and of what they tell only errors count."""
+    ranks: int = 1
+    neighbours: int = 1
+    """Ranks that share the memory of this process's device, itself among them."""
 
     def data(self, reference: str | DataConfig) -> DataConfig:
         return _data_config(self.data_configs, reference)
@@ -112,6 +122,8 @@ class Pass(Protocol[C]):
     """Modules that `run` imports, so that a waiting process can import them early."""
     needs_torch: ClassVar[bool]
     """Whether `run` needs the process that has torch loaded."""
+    # distributed: ClassVar[bool] = False
+    # Whether `run` can be one of several processes that do the step together. A pass that says nothing cannot.
 
     def plan(self, config: C, spec: Spec, env: PlanContext) -> Planned:
         """What comes out, what it takes; raises PlanError."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from coldpress.artifacts.base import Spec
@@ -17,22 +15,30 @@ from coldpress.errors import DataError, MissingExtraError, PlanError
 from coldpress.events import Message
 from coldpress.hardware import library_versions
 from coldpress.nn.imports import needs_bitsandbytes
+from coldpress.nn.reporters import require_reporters
+from coldpress.nn.train import Batching
 from coldpress.passes.base import Context, PlanContext
 from coldpress.passes.classification import for_classifier, refuse_unclassifiable
 from coldpress.passes.training_arguments import optimizer_on_cpu, training_arguments
 from coldpress.passes.training_config import TrainingConfig
-from coldpress.passes.training_estimate import size_of
+from coldpress.passes.training_estimate import TrainingMemory, choose_batching, free_memory, size_of
+from coldpress.passes.training_ranks import ranks_note, refuse_sharding
 
 __all__ = [
     "computes_in",
     "prepared_data",
     "refuse_untrainable",
     "require_packages",
+    "seed_of",
     "sequence_length",
     "train_model",
     "training_notes",
-    "write_record",
+    "whole_on",
 ]
+
+
+SHOWN_TOKENS = 24
+"""Of a training sequence, in a message."""
 
 
 def require_packages(name: str, libraries: Sequence[str]) -> None:
@@ -44,6 +50,7 @@ def require_packages(name: str, libraries: Sequence[str]) -> None:
 
 def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> None:
     """Raise PlanError for what no method can train."""
+    require_reporters(config.training_args.get("report_to"))
     if spec.kind != "checkpoint":
         raise PlanError("an ONNX model cannot be fine-tuned", hint="put this step before the build")
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
@@ -69,11 +76,18 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
             f"optim {optimizer} needs bitsandbytes, not installed",
             hint="pip install 'coldpress[cpu]', or use adamw_torch",
         )
+    refuse_sharding(config.training_args, env)
     pre = env.data(config.train_data_config).pre_process_data_config
     if spec.task == CLASSIFICATION:
         refuse_unclassifiable(spec, pre)
     elif pre.completion_only_loss and pre.strategy.startswith("join"):
-        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "line-by-line"')
+        raise PlanError(f"completion_only_loss does not go with {pre.strategy}", hint='set "strategy": "pack"')
+
+
+def seed_of(config: TrainingConfig) -> int:
+    """Of what is drawn at random before the training; Transformers' own default where the config says none."""
+    seed = config.training_args.get("seed")
+    return 42 if seed is None else int(seed)
 
 
 def sequence_length(config: TrainingConfig, spec: Spec, env: PlanContext) -> tuple[int, tuple[str, ...]]:
@@ -90,6 +104,8 @@ def sequence_length(config: TrainingConfig, spec: Spec, env: PlanContext) -> tup
 def training_notes(config: TrainingConfig, env: PlanContext) -> tuple[str, ...]:
     """What of the config is done in another way."""
     notes = []
+    if env.ranks > 1:
+        notes.append(ranks_note(config.training_args, env))
     if "output_dir" in config.training_args:
         notes.append("training_args.output_dir is not used: checkpoints lie in the cache until the step is done")
     if env.accelerator.device == "cpu":
@@ -99,6 +115,12 @@ def training_notes(config: TrainingConfig, env: PlanContext) -> tuple[str, ...]:
         if config.torch_dtype == "bfloat16" and not env.hardware.fast_bf16:
             notes.append("this CPU has no bf16 instructions: it computes in float32, which is faster here")
     return tuple(notes)
+
+
+def whole_on(config: TrainingConfig, ctx: Context) -> dict[str, int] | None:
+    """Where the model is loaded: on the GPU, unless FSDP brings its parts there; None is in memory."""
+    on_gpu = ctx.accelerator.device == "gpu" and not (ctx.ranks > 1 and config.training_args.get("fsdp"))
+    return {"": 0} if on_gpu else None
 
 
 def computes_in(config: TrainingConfig, ctx: Context) -> tuple[str, bool]:
@@ -141,28 +163,33 @@ def prepared_data(config: TrainingConfig, spec: Spec, tokenizer: Tokenizer, ctx:
 
 
 def train_model(
-    config: TrainingConfig, model: Any, prepared: Prepared, tokenizer: Tokenizer, ctx: Context
+    config: TrainingConfig, model: Any, prepared: Prepared, tokenizer: Tokenizer, memory: TrainingMemory, ctx: Context
 ) -> dict[str, Any]:
     """Train what requires gradients in `model`, in place; returns the record of the training."""
     from coldpress.nn.changes import Fingerprints
-    from coldpress.nn.train import train
+    from coldpress.nn.train import Stopping, train
 
     pre = ctx.data(config.train_data_config).pre_process_data_config
     arguments, notes = training_arguments(config, ctx)
     for note in notes:
         ctx.emit(Message("info", note, ctx.step))
+    sequences = prepared.train.sequences
+    batching = _batching(config, prepared, memory, ctx)
     before = Fingerprints.of(model)
     report = train(
         model,
-        prepared.train.sequences,
+        sequences,
         None if prepared.held_out is None else prepared.held_out.sequences,
         arguments=arguments,
         pad_id=tokenizer.pad_id,
         padding_side=pre.padding_side,
-        use_mask=pre.use_attention_mask,
         work=ctx.work,
         step=ctx.step,
         emit=ctx.emit,
+        logs=ctx.logs,
+        batching=batching,
+        stopping=Stopping(config.load_best, config.early_stopping_patience, config.early_stopping_threshold),
+        describe=lambda row: tokenizer.decode(sequences[row].ids[:SHOWN_TOKENS]),
     )
     changes = before.compared_with(model)
     level: Any = "info" if changes.layers_changed else "warning"
@@ -170,7 +197,12 @@ def train_model(
     return {**report.to_dict(), "arguments": arguments, "trained": changes.to_dict()}
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """`training.json`: what the training did, and with what."""
-    text = json.dumps(record, indent=1, default=str)
-    (folder / "training.json").write_text(text + "\n", encoding="utf-8")
+def _batching(config: TrainingConfig, prepared: Prepared, memory: TrainingMemory, ctx: Context) -> Batching:
+    """How much runs at once, from the longest record and the memory that is free now."""
+    device = ctx.accelerator.device
+    longest = max(max(getattr(one, "lengths", None) or (len(one.ids),)) for one in prepared.train.sequences)
+    room = free_memory(ctx.hardware, ctx.accelerator)
+    batching, said = choose_batching(config, memory, room, device, longest)
+    if said:
+        ctx.emit(Message("info", said, ctx.step))
+    return batching

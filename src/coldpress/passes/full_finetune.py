@@ -19,6 +19,7 @@ from coldpress.artifacts.tensors import TensorSource
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
 from coldpress.events import Progress
+from coldpress.hardware import Hardware
 from coldpress.nn.imports import needs_bitsandbytes
 from coldpress.nn.trained_part import trained_part
 from coldpress.passes.base import Context, Limits, PlanContext, Planned
@@ -28,14 +29,16 @@ from coldpress.passes.fine_tuning import (
     prepared_data,
     refuse_untrainable,
     require_packages,
+    seed_of,
     sequence_length,
     train_model,
     training_notes,
-    write_record,
+    whole_on,
 )
 from coldpress.passes.training_arguments import training_arguments
 from coldpress.passes.training_config import TrainingConfig
-from coldpress.passes.training_estimate import training_estimate
+from coldpress.passes.training_estimate import TrainingMemory, training_estimate, training_memory
+from coldpress.passes.training_record import document_training
 
 __all__ = ["FullFinetune", "FullFinetuneConfig"]
 
@@ -60,6 +63,7 @@ class FullFinetune:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     def plan(self, config: FullFinetuneConfig, spec: Spec, env: PlanContext) -> Planned:
         require_packages(type(self).__name__, self.libraries)
@@ -84,8 +88,18 @@ class FullFinetune:
         planned = Spec(
             kind="checkpoint", config=spec.config, tensors=spec.tensors, precision=spec.precision, task=spec.task
         )
+        memory = self.memory(config, spec, env.hardware, env.accelerator.device, count)
         name = env.data(config.train_data_config).name
-        return Planned(planned, training_estimate(config, spec, env, count, None, length, name), notes)
+        estimate = training_estimate(config, spec, env, memory, length, name, written=4 * count)
+        return Planned(planned, estimate, notes)
+
+    def memory(
+        self, config: FullFinetuneConfig, spec: Spec, hardware: Hardware, device: str, count: int
+    ) -> TrainingMemory:
+        """Where `count` weights train, in float32."""
+        return training_memory(
+            config, spec, hardware, device, trained=count, quantization=None, whole=count == spec.parameters
+        )
 
     def limits(self, config: FullFinetuneConfig, spec: Spec) -> Limits | None:
         return None  # training changes the model on purpose
@@ -106,21 +120,36 @@ class FullFinetune:
             if classifier is not None:
                 base = ClassifierTensors(stored, classifier, spec.precision, len(labels_of(classifier)))
             loaded = _loaded(config, base, model.model, classifier, ctx)
-            record = train_model(config, loaded, prepared, tokenizer, ctx)
-            write_checkpoint(
-                loaded,
-                base,
-                ctx.output,
-                shard_bytes=SHARD_BYTES,
-                on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
-            )
+            count = sum(one.numel() for one in loaded.parameters() if one.requires_grad)
+            memory = self.memory(config, as_trained(spec), ctx.hardware, ctx.accelerator.device, count)
+            record = train_model(config, loaded, prepared, tokenizer, memory, ctx)
+            if ctx.rank == 0:
+                write_checkpoint(
+                    loaded,
+                    base,
+                    ctx.output,
+                    shard_bytes=SHARD_BYTES,
+                    on_tensor=lambda done, total: ctx.emit(Progress(ctx.step, done, total, "tensors")),
+                )
+        made = Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
+        if ctx.rank > 0:
+            return made
         copy_configs(model.model, ctx.output)
         if classifier is not None:
             write_config(ctx.output, classifier)
         for folder in dict.fromkeys((model.tokenizer_path, model.model)):
             copy_tokenizer(folder, ctx.output)
-        write_record(ctx.output, {**record, "method": type(self).__name__})
-        return Artifact(path=ctx.output, kind="checkpoint", model=ctx.output)
+        document_training(
+            ctx.output,
+            record,
+            method=type(self).__name__,
+            config=config,
+            arguments=record["arguments"],
+            prepared=prepared,
+            model=model,
+            ctx=ctx,
+        )
+        return made
 
 
 def _loaded(
@@ -133,18 +162,15 @@ def _loaded(
     from coldpress.nn.whole_model import check_names, train_only
 
     with torch.random.fork_rng(devices=[]):  # a classifier's head is drawn
-        torch.manual_seed(int(config.training_args.get("seed") or 42))
+        torch.manual_seed(seed_of(config))
         loaded = load_model(
             folder,
             dtype="float32",  # no bit of what is trained is lost
             trust_remote_code=ctx.trust_remote_code,
-            device_map={"": 0} if ctx.accelerator.device == "gpu" else None,
+            device_map=whole_on(config, ctx),
             classifier=classifier,
         )
     check_names(loaded, base.infos(), folder)
     names = [name for name, _ in loaded.named_parameters()]
     train_only(loaded, set(trained_part(names, config.trainable_modules, config.freeze)), computes_in(config, ctx)[0])
-    if config.training_args.get("gradient_checkpointing"):
-        loaded.enable_input_require_grads()
-        loaded.config.use_cache = False
     return loaded

@@ -115,6 +115,7 @@ class LoftQ(AdapterTraining):
     """Train a low-rank adapter that begins with what 4 bits lose of the base (bitsandbytes, nf4)."""
 
     Config: ClassVar[type[AdapterConfig]] = LoftQConfig
+    starts_apart: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = QLoRA.libraries
     preload: ClassVar[tuple[str, ...]] = QLoRA.preload
 

@@ -38,6 +38,8 @@ def training_arguments(config: TrainingConfig, ctx: Context) -> tuple[dict[str, 
     merged = {**ours, **given}
     notes.append(
         f"computes in {'bfloat16' if merged['bf16'] else 'float16' if merged.get('fp16') else 'float32'} "
-        f"on {'the GPU' if on_gpu else f'{ctx.hardware.threads} CPU threads'}"
+        f"on {'the GPU' if on_gpu else f'{max(1, ctx.hardware.threads // ctx.neighbours)} CPU threads'}"
     )
+    if ctx.ranks > 1:
+        notes[-1] += f", in each of {ctx.ranks} processes"
     return merged, notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,15 @@ class TrainingConfig(Frozen):
     """Type of the frozen weights and of the matrix products; what is trained is always float32."""
     training_args: Mapping[str, Any] = Field(default_factory=dict)
     """Transformers' TrainingArguments."""
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Records that go through the model at once, at most; auto: as many as the memory has room for. What is learned
+    does not depend on it: a step has per_device_train_batch_size * gradient_accumulation_steps rows either way."""
+    load_best: bool = True
+    """Hand over the weights with the lowest evaluation loss, where there is evaluation data, instead of the last."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """End the training after so many evaluations without improvement; null: never."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """Nats per token that count as improvement."""
 
 
 class AdapterConfig(TrainingConfig):

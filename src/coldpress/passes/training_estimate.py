@@ -1,69 +1,217 @@
-"""What a training takes: memory and time, by arithmetic on the config and the sizes of the model."""
+"""What a training takes, by arithmetic on the config and the sizes of the model: memory, time, and how to batch.
+
+    T   tokens that go through the model at once        w   bytes of a number, as the model computes
+    H   hidden size                                     Q, K   width of all query heads, of all key heads
+    I   width of the feed-forward part                  r   rank
+
+    kept of a layer for the backward pass, in numbers of w bytes a token (see nn/fused.py for what is not):
+        2 H   the residual stream before each half      2 H   both norms' results
+        2 Q + 2 K   queries, keys, values and the attention's result      Q   the same once more, packed
+        3 I   gate, up and their product                r for each adapted layer
+    with checkpointing: H a layer, and one layer as above
+
+Constants that are measured say so; benchmarks/estimate_memory.py holds the sum against real trainings.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.base import BaseQuantization, Spec
-from coldpress.errors import CheckpointError
+from coldpress.config.schema import Accelerator
+from coldpress.errors import CheckpointError, TrainingError
 from coldpress.hardware import Hardware
 from coldpress.nn.adapters import four_bit_names
+from coldpress.nn.train import DEFAULT_ROWS, Batching
 from coldpress.passes.base import Estimate, PlanContext
+from coldpress.units import parse_size, size
 
 if TYPE_CHECKING:
     from coldpress.passes.training_config import TrainingConfig
 
-__all__ = ["size_of", "training_estimate"]
+__all__ = [
+    "TrainingMemory",
+    "choose_batching",
+    "free_memory",
+    "rows_of_step",
+    "size_of",
+    "training_estimate",
+    "training_memory",
+]
 
-_PROCESS_BYTES = 500 << 20
-"""torch, Transformers and PEFT loaded."""
-_FLOPS_PER_THREAD = {True: 50e9, False: 25e9}
-"""Reached while training on a CPU, by whether products run in bf16; measured on one machine with AVX512."""
+_PROCESS_BYTES = 560 << 20
+"""Anonymous memory of a process with torch, Transformers and PEFT loaded, after its first step (measured)."""
+_AT_ONCE = {"cpu": 2048, "gpu": 8192}
+"""Tokens of a micro-batch, at most: products of more run no faster (measured on the CPU)."""
+_LOGITS_BYTES = {"cpu": 2 * (16 << 20), "gpu": 2 * (256 << 20)}
+"""A slice of logits and what is computed of it, see nn/cross_entropy.py."""
+_TIGHT = 0.5
+"""Part of the room from which on one micro-batch is tried before the training."""
+_ROOM = 0.85
+"""Part of the free memory that a training plans with."""
+_FLOPS_PER_THREAD = {True: 300e9, False: 50e9}
+"""Reached while training on a CPU, by whether products run in bf16; measured on one machine with AMX."""
 _GPU_FLOPS = 100e12
 _BYTES_PER_TOKEN = 4.0
 """Of text, in English."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training, in parts."""
+
+    process: int
+    weights: int
+    """Frozen ones, as they are held."""
+    trained: int
+    """What trains: values, gradients, the optimizer's state."""
+    layer: int
+    """A token, of one layer."""
+    layers: int
+    stream: int
+    """A token, in each layer under checkpointing."""
+    rest: int
+    """A token, outside of the layers: the last hidden states and their gradient, transients of the backward pass."""
+    fixed: int
+    """Of a micro-batch of any size: logits of a slice, a dequantized matrix."""
+
+    def of_token(self, checkpointing: bool) -> int:
+        kept = self.layers * self.stream + self.layer if checkpointing else self.layers * self.layer
+        return kept + self.rest
+
+    def held(self) -> int:
+        """Without any micro-batch."""
+        return self.process + self.weights + self.trained + self.fixed
+
+    def total(self, tokens: int, checkpointing: bool) -> int:
+        return self.held() + tokens * self.of_token(checkpointing)
+
+
+def training_memory(
+    config: TrainingConfig,
+    spec: Spec,
+    hardware: Hardware,
+    device: str,
+    *,
+    trained: int,
+    quantization: BaseQuantization | None,
+    rank: int = 0,
+    whole: bool = False,
+) -> TrainingMemory:
+    """`trained` numbers train, in float32; `rank` is the sum over the adapted matrices of a layer. `whole`: all weights
+    train, so none is held frozen."""
+    linear = spec.linear_layers()
+    width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
+    if config.torch_dtype == "bfloat16" and device == "cpu" and not hardware.fast_bf16:
+        width = 4
+    in_four_bits = sum(math.prod(linear[name]) for name in four_bit_names(linear)) if quantization else 0
+    weights = 0 if whole else (spec.parameters - in_four_bits) * width + int(in_four_bits * 0.57)
+    layers, hidden = size_of(spec, "num_hidden_layers", 1), size_of(spec, "hidden_size", 1)
+    inner = size_of(spec, "intermediate_size", 4 * hidden)
+    heads = size_of(spec, "num_attention_heads", 1)
+    head = size_of(spec, "head_dim", hidden // heads)
+    queries, keys = heads * head, size_of(spec, "num_key_value_heads", heads) * head
+    layer = width * (4 * hidden + 3 * queries + 2 * keys + 3 * inner + rank)
+    if whole:  # linear layers of autograd's own, and norms that are trained: float32 copies of their inputs
+        layer += 4 * 4 * hidden
+    largest = max((math.prod(shape) for shape in linear.values()), default=0)
+    return TrainingMemory(
+        process=_PROCESS_BYTES,
+        weights=weights,
+        trained=trained * _bytes_trained(config.training_args),
+        layer=layer,
+        layers=layers,
+        stream=width * hidden,
+        rest=width * (6 * hidden + 4 * inner),
+        fixed=_LOGITS_BYTES[device] + (largest * (width + 4) if quantization else 0),
+    )
+
+
+def _bytes_trained(arguments: Mapping[str, Any]) -> int:
+    """Of a number that trains: itself, its gradient, and the optimizer's state, float32 unless it says otherwise."""
+    optimizer = str(arguments.get("optim") or "adamw_torch")
+    if "8bit" in optimizer:
+        return 4 + 4 + 2
+    if optimizer.startswith(("sgd", "adafactor")):
+        return 4 + 4 + (4 if float(arguments.get("sgd_momentum") or 0) else 0)
+    if optimizer.startswith(("lion", "rmsprop")):
+        return 4 + 4 + 4
+    return 4 + 4 + 8
+
+
+def rows_of_step(arguments: Mapping[str, Any]) -> int:
+    """Rows between two updates of a process."""
+    rows = int(arguments.get("per_device_train_batch_size") or DEFAULT_ROWS)
+    return rows * int(arguments.get("gradient_accumulation_steps") or 1)
+
+
+def choose_batching(
+    config: TrainingConfig, memory: TrainingMemory, room: int, device: str, longest: int
+) -> tuple[Batching, str | None]:
+    """How much to run at once in `room` bytes, where the longest record has `longest` tokens; and what to say of it.
+
+    Checkpointing is as the config says; where it says nothing, it is chosen when one record does not fit without it.
+    Raises TrainingError for what does not fit at all.
+    """
+    asked = config.training_args.get("gradient_checkpointing")
+    free = int(room * _ROOM) - memory.held()
+    records = None if config.batch == "auto" else config.batch
+    for checkpointing in [bool(asked)] if asked is not None else [False, True]:
+        fits = free // memory.of_token(checkpointing)
+        if fits >= longest:
+            tokens = max(longest, min(fits, _AT_ONCE[device]))
+            said = (
+                "; activations are computed again in the backward pass (checkpointing), to fit" if checkpointing else ""
+            )
+            tight = free if tokens * memory.of_token(checkpointing) > _TIGHT * free else None
+            batching = Batching(tokens, records, tight, _AT_ONCE[device], checkpointing)
+            return batching, f"{tokens} tokens at a time{said}" if tokens < _AT_ONCE[device] or checkpointing else None
+    need = int(memory.total(longest, asked is None or bool(asked)) / _ROOM)
+    raise TrainingError(
+        f"a record of {longest} tokens needs {size(need)}, and {size(room)} are free: "
+        f"{size(memory.weights)} of weights, {size(memory.trained)} for what trains, "
+        f"{size(longest * memory.of_token(asked is None or bool(asked)))} of activations",
+        hint="lower max_seq_len, set gradient_checkpointing, lower the rank, or use QLoRA",
+    )
+
+
+def free_memory(hardware: Hardware, accelerator: Accelerator) -> int:
+    """Bytes that a training may plan with: what is free, or what the config says where that is less."""
+    free = hardware.gpus[0].memory if accelerator.device == "gpu" else hardware.available
+    return free if accelerator.memory is None else min(free, parse_size(accelerator.memory))
 
 
 def training_estimate(
     config: TrainingConfig,
     spec: Spec,
     env: PlanContext,
-    trained: int,
-    quantization: BaseQuantization | None,
+    memory: TrainingMemory,
     length: int,
     data_name: str,
+    *,
+    written: int,
 ) -> Estimate:
-    """Memory: weights, optimizer, activations and logits of a batch. Time: 6 operations a weight and token.
-
-    `trained` counts the numbers that are trained beside the weights, in float32.
-    """
-    linear = spec.linear_layers()
-    width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
-    if config.torch_dtype == "bfloat16" and env.accelerator.device == "cpu" and not env.hardware.fast_bf16:
-        width = 4
-    in_four_bits = sum(math.prod(linear[name]) for name in four_bit_names(linear)) if quantization else 0
-    weights = (spec.parameters - in_four_bits) * width + int(in_four_bits * 0.57)
-    arguments = config.training_args
-    rows = int(arguments.get("per_device_train_batch_size") or 8)
-    tokens = rows * length
-    layers = size_of(spec, "num_hidden_layers", 1)
-    hidden = size_of(spec, "hidden_size", 1)
-    inner = size_of(spec, "intermediate_size", 4 * hidden)
-    kept = 1 if arguments.get("gradient_checkpointing") else layers
-    activations = tokens * (kept * (16 * hidden + 6 * inner) + layers * hidden) * 2
-    logits = tokens * size_of(spec, "vocab_size", 1) * (4 + 4 + 2)
-    memory = weights + trained * 16 + activations + logits
-    adapter = trained * 4
-    seconds = (
-        6 * spec.parameters * _total_tokens(config, env, data_name, rows, length) / _speed(env.hardware, env, width)
-    )
-    on_gpu = env.accelerator.device == "gpu"
+    """Memory: see the top. Time: 4 operations a weight and token, 6 where all weights train. `written`: bytes of the
+    result, of which there are two checkpoints with optimizer states meanwhile."""
+    device = env.accelerator.device
+    rows = rows_of_step(config.training_args)
+    at_once = rows if config.batch == "auto" else min(rows, config.batch)
+    total = _total_tokens(config, env, data_name, rows, length)
+    tokens = int(min(max(length, min(at_once * length, _AT_ONCE[device])), max(total, length)))
+    checkpointing = bool(config.training_args.get("gradient_checkpointing"))
+    if not checkpointing and config.training_args.get("gradient_checkpointing") is None:
+        checkpointing = memory.total(length, False) > free_memory(env.hardware, env.accelerator) * _ROOM
+    needed = memory.total(tokens, checkpointing)
+    on_gpu = device == "gpu"
+    operations = (6 if memory.weights == 0 else 4) * spec.parameters * total * (4 / 3 if checkpointing else 1)
     return Estimate(
-        ram=_PROCESS_BYTES + (weights if on_gpu else memory),
-        vram=memory if on_gpu else 0,
-        disk=adapter * 8,  # the adapter, and two checkpoints with optimizer states
-        seconds=5.0 + seconds,
+        ram=memory.process + (2 * memory.weights if on_gpu else needed - memory.process),
+        vram=needed - memory.process if on_gpu else 0,
+        disk=written * 8,
+        seconds=5.0 + operations / _speed(env.hardware, device, config),
     )
 
 
@@ -80,8 +228,10 @@ def size_of(spec: Spec, key: str, default: int) -> int:
     return value
 
 
-def _speed(hardware: Hardware, env: PlanContext, width: int) -> float:
-    return _GPU_FLOPS if env.accelerator.device == "gpu" else hardware.threads * _FLOPS_PER_THREAD[width == 2]
+def _speed(hardware: Hardware, device: str, config: TrainingConfig) -> float:
+    if device == "gpu":
+        return _GPU_FLOPS
+    return hardware.threads * _FLOPS_PER_THREAD[config.torch_dtype == "bfloat16" and hardware.fast_bf16]
 
 
 def _total_tokens(config: TrainingConfig, env: PlanContext, data_name: str, rows: int, length: int) -> float:
@@ -92,5 +242,5 @@ def _total_tokens(config: TrainingConfig, env: PlanContext, data_name: str, rows
     total = per_epoch * float(arguments.get("num_train_epochs") or 3)
     steps = int(arguments.get("max_steps") or -1)
     if steps > 0:
-        total = min(total, float(steps) * rows * int(arguments.get("gradient_accumulation_steps") or 1) * length)
+        total = min(total, float(steps) * rows * length)
     return total

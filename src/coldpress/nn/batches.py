@@ -1,0 +1,178 @@
+"""From the rows of one training step to micro-batches: as many tokens at a time as there is room for, no padding.
+
+    a step      per_device_train_batch_size * gradient_accumulation_steps rows, as the config says
+    packed      its records, longest first, cut into runs of at most `tokens`; each run is one row of the model, with
+                a record of padding that rounds its length: libraries prepare a product once for each shape
+    padded      for models whose records cannot share a row: runs filled up to their longest record
+    classes     as padded, with one class for each record
+
+The gradient of a step is the sum over its tokens with loss, divided by their number; how the step was cut does not
+enter it. That is also what Transformers computes with gradient accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from coldpress.data.packing import IGNORED, TokenSequence
+from coldpress.nn.packed_attention import Segments, segments_of
+
+__all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
+
+ROUNDING = 32
+"""A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
+kernel for each new shape, half a millisecond each: with rows of any length that was half of the time of short steps."""
+LONG = 512
+
+Form = Literal["packed", "padded", "classes"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the model at once."""
+
+    inputs: dict[str, torch.Tensor]
+    segments: Segments | None
+    count: int
+    """Tokens with loss, or records where each has a class."""
+    tokens: int
+    """Without padding."""
+
+    def to(self, device: Any) -> MicroBatch:
+        """The same on a device."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        segments = None if self.segments is None else self.segments.to(device)
+        return MicroBatch(moved, segments, self.count, self.tokens)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All of one step. `rows` are indices into the training sequences."""
+
+    rows: tuple[int, ...]
+    micro: tuple[MicroBatch, ...] = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        return sum(one.count for one in self.micro)
+
+    @property
+    def tokens(self) -> int:
+        return sum(one.tokens for one in self.micro)
+
+
+@dataclass(frozen=True)
+class _Record:
+    ids: list[int]
+    labels: list[int]
+    target: int | None
+
+
+def cut_step(
+    rows: Sequence[tuple[int, TokenSequence]],
+    *,
+    form: Form,
+    tokens: int,
+    records: int | None = None,
+    pad_id: int = 0,
+    padding_side: str = "right",
+    apart: int | None = None,
+) -> StepBatch:
+    """Micro-batches of at most `tokens` tokens (padding counted) and at most `records` records each.
+
+    A record longer than `tokens` is a micro-batch of its own. A step in which no token carries loss has none.
+    """
+    found = [record for _, sequence in rows for record in _records(sequence)]
+    if form != "classes":
+        useful = [one for one in found if any(label != IGNORED for label in one.labels[1:])]
+        # One record stays even so: a model that several processes share must run in each of them.
+        found = useful or [max(found, key=_by_length)]
+    found.sort(key=_by_length)
+    micro = []
+    for run in _runs([len(one.ids) for one in found], tokens, records, apart, padded=form != "packed"):
+        own = found[run.start : run.stop]
+        micro.append(_packed(own, pad_id) if form == "packed" else _padded(own, pad_id, padding_side, form))
+    return StepBatch(tuple(index for index, _ in rows), tuple(micro))
+
+
+def idle(step: StepBatch) -> StepBatch:
+    """The same at weight 0: for a process that has no row in a step that others have rows in."""
+    return StepBatch((), tuple(MicroBatch(one.inputs, one.segments, 0, 0) for one in step.micro))
+
+
+def _by_length(record: _Record) -> int:
+    """Longest first."""
+    return -len(record.ids)
+
+
+def _records(sequence: TokenSequence) -> Iterator[_Record]:
+    """The records of a sequence; one that is no pack is one record."""
+    lengths = getattr(sequence, "lengths", None) or (len(sequence.ids),)
+    start = 0
+    for length in lengths:
+        stop = start + length
+        yield _Record(sequence.ids[start:stop], sequence.labels[start:stop], getattr(sequence, "target", None))
+        start = stop
+
+
+def _runs(
+    lengths: Sequence[int], tokens: int, records: int | None, apart: int | None, *, padded: bool
+) -> Iterator[range]:
+    """Records `apart` or shorter share no run with longer ones."""
+    start = held = 0
+    for place, length in enumerate(lengths):
+        size = lengths[start] * (place - start + 1) if padded else held + length
+        full = records is not None and place - start == records
+        crosses = apart is not None and length <= apart < lengths[start]
+        if place > start and (size > tokens or full or crosses):
+            yield range(start, place)
+            start, held = place, 0
+        held += length
+    if lengths:
+        yield range(start, len(lengths))
+
+
+def _packed(records: Sequence[_Record], pad_id: int) -> MicroBatch:
+    tokens = sum(len(one.ids) for one in records)
+    filling = -tokens % (ROUNDING if tokens < LONG else 2 * ROUNDING)
+    if filling:
+        records = sorted([*records, _Record([pad_id] * filling, [IGNORED] * filling, None)], key=_by_length)
+    ids = [token for one in records for token in one.ids]
+    rows, targets, start = [], [], 0
+    for one in records:
+        for place, label in enumerate(one.labels[1:]):
+            if label != IGNORED:
+                rows.append(start + place)
+                targets.append(label)
+        start += len(one.ids)
+    segments = segments_of([len(one.ids) for one in records])
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": segments.positions,
+        "loss_rows": torch.tensor(rows),
+        "loss_targets": torch.tensor(targets),
+    }
+    return MicroBatch(inputs, segments, len(rows), tokens)
+
+
+def _padded(records: Sequence[_Record], pad_id: int, padding_side: str, form: Form) -> MicroBatch:
+    longest = len(records[0].ids)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        gap = [fill] * (longest - len(values))
+        return gap + values if padding_side == "left" else values + gap
+
+    inputs = {
+        "input_ids": torch.tensor([padded(one.ids, pad_id) for one in records]),
+        "attention_mask": torch.tensor([padded([1] * len(one.ids), 0) for one in records]),
+    }
+    tokens = sum(len(one.ids) for one in records)
+    if form == "classes":
+        inputs["labels"] = torch.tensor([one.target for one in records])
+        return MicroBatch(inputs, None, len(records), tokens)
+    inputs["labels"] = torch.tensor([padded([IGNORED, *one.labels[1:]], IGNORED) for one in records])
+    return MicroBatch(inputs, None, int((inputs["labels"] != IGNORED).sum()), tokens)

@@ -1,0 +1,142 @@
+"""`coldpress data` on a workflow and on a file, and the data options of `finetune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coldpress.cli.data import data
+from coldpress.cli.verbs import finetune
+from coldpress.errors import ColdpressError
+from fakes.tiny_models import make_checkpoint
+
+CHAT = [
+    {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "yo"},
+    {"from": "human", "value": "so"},
+    {"from": "gpt", "value": "no"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"conversations": CHAT, "id": number}) + "\n" for number in range(3)))
+    return path
+
+
+def shown(command: Any, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(one) for one in arguments], catch_exceptions=False)
+
+
+def test_a_file(model: Path, chats: Path) -> None:
+    done = shown(data, "--model", model, "--data", chats, "--strategy", "pack", "--samples", 1)
+    lines = done.output.splitlines()
+    assert lines[0] == f"data  {chats}"
+    assert "  3 rows, columns conversations, id" in lines
+    assert "  read as ShareGPT conversations (column conversations)" in lines
+    assert "  3 records repeat" not in done.output
+    assert "  2 records repeat the text of another one" in lines
+    assert any("packed into 2 sequences of up to 128 tokens" in line for line in lines)
+    assert "    -- record 1 of 2, 47 tokens --------------------------------------------" in lines
+    assert "    user: hi<|end|>assistant: [[yo<|end|>]]user: so<|end|>assistant: [[no<|end|></s>]]" in lines
+    assert "\x1b" not in done.output
+
+
+def test_ids(model: Path, chats: Path) -> None:
+    done = shown(data, "--model", model, "--data", chats, "--samples", 1, "--ids")
+    rows = [line.split(maxsplit=3) for line in done.output.splitlines() if line.startswith("       ")]
+    assert len(rows) == 47
+    assert rows[-1] == ["46", "257", "loss", "'</s>'"]
+    assert [row[3] for row in rows if row[2] == "loss"][:3] == ["'y'", "'o'", "'<|end|>'"]
+
+
+def test_classes(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\nab,1\nabc,0\n")
+    done = shown(data, "--model", model, "--data", path, "--answer", "label", "--classes")
+    assert "  classes: 0 (1), 1 (1)" in done.output.splitlines()
+    assert "sample 1: 4 tokens; class 1" in done.output
+
+
+def test_a_workflow(model: Path, chats: Path, tmp_path: Path) -> None:
+    block = {"strategy": "line-by-line", "max_seq_len": 128}
+    workflow = {
+        "input_model": {"type": "HfModel", "model_path": str(model)},
+        "data_configs": [
+            {
+                "name": name,
+                "type": "HuggingfaceContainer",
+                "load_dataset_config": {"data_name": "json", "data_files": str(chats)},
+                "pre_process_data_config": block,
+            }
+            for name in ("one", "two")
+        ],
+    }
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(workflow))
+    both = shown(data, path)
+    assert [line.split()[0] for line in both.output.splitlines() if line.endswith(chats.name)] == ["one", "two"]
+    named = shown(data, path, "--name", "two", "data_configs.1.pre_process_data_config.assistant_turns=last")
+    assert named.output.startswith(f"two  {chats}")
+    assert "assistant: yo<|end|>user: so<|end|>assistant: [[no" in named.output
+    with pytest.raises(ColdpressError, match="no data config called 'tow'") as error:
+        shown(data, path, "--name", "tow")
+    assert error.value.hint == "did you mean two?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--data", "x.jsonl"), "--data needs --model"),
+        (("w.json", "--model", "m", "--data", "x.jsonl"), "stands in place of a config file"),
+        (("w.json", "--template", "{a}"), "text_template has a meaning only together with --data"),
+        (("--model", "m", "--data", "x.jsonl", "--chat", "--text-field", "a"), "exclude each other"),
+        ((), "no config file is given"),
+    ],
+)
+def test_wrong_use(arguments: tuple[str, ...], what: str) -> None:
+    with pytest.raises(ColdpressError, match=what) as error:
+        shown(data, *arguments)
+    assert error.value.exit_code == 2
+
+
+def saved(tmp_path: Path, *options: str) -> dict[str, Any]:
+    path = tmp_path / "workflow.json"
+    path.unlink(missing_ok=True)
+    shown(finetune, tmp_path / "model", "--data", tmp_path / "x.jsonl", *options, "--save-config", path)
+    block: dict[str, Any] = json.loads(path.read_text())["data_configs"][0]["pre_process_data_config"]
+    return block
+
+
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [
+        ((), {}),
+        (("--format", "alpaca", "--strategy", "pack"), {"format": "alpaca", "strategy": "pack"}),
+        (
+            ("--template", "{q}\\n{a|loss}", "--max-seq-len", "64"),
+            {"text_template": "{q}\n{a|loss}", "max_seq_len": 64},
+        ),
+        (("--chat",), {"chat_template": True, "completion_only_loss": True}),
+        (("--chat", "--loss", "all"), {"chat_template": True, "completion_only_loss": False}),
+        (("--turns", "last", "--loss", "answers"), {"assistant_turns": "last", "completion_only_loss": True}),
+        (
+            ("--template", "{q}{a}", "--answer", "a"),
+            {"text_template": "{q}{a}", "label_col": "a", "completion_only_loss": True},
+        ),
+        (("--text-field", "t", "--strategy", "join"), {"text_field": "t", "strategy": "join"}),
+    ],
+)
+def test_finetune_writes_the_data_config(tmp_path: Path, options: tuple[str, ...], block: dict[str, Any]) -> None:
+    defaults = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False}
+    assert saved(tmp_path, *options) == {**defaults, **block}

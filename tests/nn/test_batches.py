@@ -1,0 +1,121 @@
+"""Steps cut into micro-batches: every token with loss once, within the limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coldpress.data.packing import IGNORED, TokenSequence
+from coldpress.nn import imports
+
+imports.load_inference()
+
+import torch  # noqa: E402 - after the imports that hide what it would pull in
+
+from coldpress.nn.batches import ROUNDING, cut_step  # noqa: E402
+from coldpress.nn.packed_attention import segments_of  # noqa: E402
+
+LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=24)
+
+
+def rows(lengths: list[int]) -> list[tuple[int, TokenSequence]]:
+    """Every token is a number of its own."""
+    made, token = [], 1
+    for place, length in enumerate(lengths):
+        ids = list(range(token, token + length))
+        token += length
+        made.append((place, TokenSequence(ids, [IGNORED] * (length // 2) + ids[length // 2 :])))
+    return made
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(16, 200), st.none() | st.integers(1, 5), st.none() | st.integers(5, 60))
+def test_packed(lengths: list[int], tokens: int, records: int | None, apart: int | None) -> None:
+    given_rows = rows(lengths)
+    step = cut_step(given_rows, form="packed", tokens=tokens, records=records, apart=apart)
+    expected = Counter(
+        (ids[place], label)
+        for _, one in given_rows
+        for ids, labels in [(one.ids, one.labels)]
+        for place, label in enumerate(labels[1:])
+        if label != IGNORED
+    )
+    found: Counter[tuple[int, int]] = Counter()
+    for micro in step.micro:
+        ids = micro.inputs["input_ids"][0]
+        found.update(zip(ids[micro.inputs["loss_rows"]].tolist(), micro.inputs["loss_targets"].tolist(), strict=True))
+        assert micro.segments is not None
+        assert sum(micro.segments.lengths) == len(ids)
+        assert len(ids) % ROUNDING == 0
+        real = [length for length, first in starts(micro.segments.lengths, ids.tolist()) if first]
+        assert micro.tokens == sum(real) <= max(tokens, max(real))
+        assert records is None or len(real) <= records
+        assert apart is None or (max(real) <= apart) == (min(real) <= apart)
+    assert found == expected
+    assert (step.count, step.rows) == (sum(expected.values()), tuple(range(len(lengths))))
+
+
+def starts(lengths: tuple[int, ...], ids: list[int]) -> list[tuple[int, int]]:
+    """(length, first token) of each record; padding is token 0."""
+    found, start = [], 0
+    for length in lengths:
+        found.append((length, ids[start]))
+        start += length
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS)
+def test_segments_fill_up_and_take_back(lengths: list[int]) -> None:
+    ordered = sorted(lengths, reverse=True)
+    segments = segments_of(ordered)
+    assert segments.positions[0].tolist() == [place for length in ordered for place in range(length)]
+    assert segments.borders.tolist()[-1] == sum(ordered)
+    start = 0
+    for bucket in segments.buckets:
+        own = ordered[start : start + bucket.records]
+        assert (bucket.tokens, max(own) <= bucket.length) == (sum(own), True)
+        if bucket.take is not None:
+            assert bucket.back is not None
+            assert bucket.take[bucket.back].tolist() == list(range(bucket.tokens))
+        start += bucket.records
+    assert start == len(ordered)
+
+
+def test_a_pack_is_its_records() -> None:
+    ids = [11, 12, 13, 21, 22, 31, 32, 33, 34]
+    pack = TokenSequence(ids, [IGNORED, 12, 13, IGNORED, 22, IGNORED, 32, 33, 34], lengths=(3, 2, 4))
+    (micro,) = cut_step([(0, pack)], form="packed", tokens=100).micro
+    real = [first for _, first in starts(micro.segments.lengths, micro.inputs["input_ids"][0].tolist()) if first]  # type: ignore[union-attr]
+    assert real == [31, 11, 21], "longest first"
+    assert sorted(micro.inputs["loss_targets"].tolist()) == [12, 13, 22, 32, 33, 34]
+
+
+def test_a_step_without_loss_still_runs() -> None:
+    silent = [(0, TokenSequence([1, 2, 3], [IGNORED] * 3)), (1, TokenSequence([4, 5], [IGNORED] * 2))]
+    (micro,) = cut_step(silent, form="packed", tokens=100).micro
+    assert micro.count == 0
+    assert micro.inputs["loss_rows"].numel() == 0
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded(side: str) -> None:
+    step = cut_step(rows([3, 6, 5]), form="padded", tokens=12, pad_id=99, padding_side=side)
+    assert [list(one.inputs["input_ids"].shape) for one in step.micro] == [[2, 6], [1, 3]]
+    first = step.micro[0].inputs
+    assert torch.equal(first["input_ids"] != 99, first["attention_mask"].bool())
+    assert (first["labels"][first["attention_mask"] == 0] == IGNORED).all()
+    # The first label of a record is never asked for, wherever it stands.
+    assert step.count == sum(max(0, length - max(1, length // 2)) for length in (3, 6, 5))
+
+
+def test_classes() -> None:
+    made = [
+        (place, TokenSequence([1] * length, [IGNORED] * length, target=place)) for place, length in enumerate([2, 5])
+    ]
+    (micro,) = cut_step(made, form="classes", tokens=100, pad_id=9).micro
+    assert micro.inputs["labels"].tolist() == [1, 0]
+    assert micro.count == 2

@@ -1,0 +1,163 @@
+"""The packed loss is the loss of single records: value and gradients, in every family that the builder knows."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldpress.data.packing import IGNORED, TokenSequence
+from coldpress.nn import imports
+
+imports.load_training()
+
+import peft  # noqa: E402 - after the imports that hide what it would pull in
+import torch  # noqa: E402
+
+from coldpress.nn.batches import cut_step  # noqa: E402
+from coldpress.nn.losses import loss_of  # noqa: E402
+from oracles.decoders import TINY, tiny_model  # noqa: E402
+
+PADDED = {"qwen2-window", "gemma3", "llama-dynamic"}
+"""Where the packed form may be refused; the loss must be right all the same."""
+
+
+def records(vocabulary: int, seed: int = 0) -> list[TokenSequence]:
+    draw = random.Random(seed)
+    made = []
+    for length in (3, 5, 9, 17, 24, 24, 25, 30, 31, 40):
+        ids = [draw.randrange(3, vocabulary) for _ in range(length)]
+        masked = draw.randrange(length - 1)
+        made.append(TokenSequence(ids, [IGNORED] * masked + ids[masked:]))
+    return made
+
+
+def tiny(name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return tiny_model(name, Path(folder))
+
+
+def adapted(name: str) -> Any:
+    model = tiny(name)
+    linear = sorted({
+        path.rpartition(".")[2] for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings() and path[-4:] != "gate"
+    })  # fmt: skip
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=linear, task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.1)
+    return model.eval()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def alone(model: Any, rows: list[TokenSequence]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Every record through the model's own forward pass by itself."""
+    total = 0.0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum")
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradients(model)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_packed_is_single(name: str) -> None:
+    model = adapted(name)
+    rows = records(TINY[name]["vocab_size"])
+    expected, expected_gradients = alone(model, rows)
+    forward = model.get_base_model().forward
+    with loss_of(model, rows, autocast=None) as loss:
+        assert loss.form == "packed" or name in PADDED
+        total = 0.0
+        for micro in cut_step(list(enumerate(rows)), form=loss.form, tokens=96, apart=loss.apart).micro:
+            one = loss(model, micro)
+            one.backward()
+            total += float(one.detach())
+    assert model.get_base_model().forward == forward, "all is put back"
+    # 1e-5: float32 sums in another order.
+    assert total == pytest.approx(expected, rel=1e-5)
+    found = gradients(model)
+    assert found.keys() == expected_gradients.keys()
+    for key, gradient in expected_gradients.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+def test_most_families_are_packed_and_fused() -> None:
+    """What makes training quick is used where it should be."""
+    for name in ("llama-gqa", "phi3-gqa", "qwen3", "mistral-window", "olmo2"):
+        model = adapted(name)
+        with loss_of(model, records(80), autocast=None) as loss:
+            layers = TINY[name]["num_hidden_layers"]
+            assert loss.form == "packed"
+            assert loss.fused.counts["adapted linear"] >= 4 * layers, name
+            assert loss.fused.counts["norm"] > 2 * layers, name
+            assert loss.fused.counts["gated"] == layers, name
+            assert loss.own_types(model)
+
+
+def test_a_record_sees_no_other() -> None:
+    """Changing one record leaves the others' losses as they are; a mask that leaked would not."""
+    model = adapted("llama-gqa")
+    rows = records(80)
+    with loss_of(model, rows, autocast=None) as loss, torch.no_grad():
+
+        def losses(rows: list[TokenSequence]) -> float:
+            others = [
+                TokenSequence(row.ids, [IGNORED] * len(row.ids)) if place == 4 else row
+                for place, row in enumerate(rows)
+            ]
+            # The changed record stays in the row, without a loss of its own but for its last token.
+            others[4].labels[-1] = 5
+            return float(loss(model, cut_step(list(enumerate(others)), form="packed", tokens=4096).micro[0]))
+
+        changed = [*rows[:4], TokenSequence([7] * len(rows[4].ids), rows[4].labels), *rows[5:]]
+        alone_before = float(loss(model, cut_step([(0, last_only(rows[4]))], form="packed", tokens=4096).micro[0]))
+        alone_after = float(loss(model, cut_step([(0, last_only(changed[4]))], form="packed", tokens=4096).micro[0]))
+        assert losses(rows) - alone_before == pytest.approx(losses(changed) - alone_after, rel=1e-5)
+        assert alone_before != pytest.approx(alone_after, rel=1e-3), "the change is seen at all"
+
+
+def last_only(row: TokenSequence) -> TokenSequence:
+    return TokenSequence(row.ids, [IGNORED] * (len(row.ids) - 1) + [5])
+
+
+def test_a_model_that_looks_across_records_is_padded() -> None:
+    """Its embedding counts along the whole row, whatever position_ids say."""
+    model = adapted("llama-gqa")
+    table = model.get_base_model().model.embed_tokens
+    own = table.forward
+    table.forward = lambda ids: own(ids) * (1 + torch.arange(ids.shape[1]).unsqueeze(1) / 10)
+    rows = records(80)
+    expected, _ = alone(model, rows)
+    with loss_of(model, rows, autocast=None) as loss, torch.no_grad():
+        assert loss.form == "padded"
+        micro = cut_step(list(enumerate(rows)), form="padded", tokens=96).micro
+        assert sum(float(loss(model, one)) for one in micro) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_trained_head() -> None:
+    """modules_to_save: the head itself trains, so its gradient is summed over slices."""
+    base = tiny("llama-gqa")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config).eval()
+    rows = records(80)
+    expected, expected_gradients = alone(model, rows)
+    with loss_of(model, rows, autocast=None) as loss:
+        one = loss(model, cut_step(list(enumerate(rows)), form=loss.form, tokens=4096).micro[0])
+        one.backward()
+    assert loss.form == "packed"
+    assert float(one.detach()) == pytest.approx(expected, rel=1e-5)
+    found = gradients(model)
+    for key, gradient in expected_gradients.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key

@@ -1,0 +1,171 @@
+"""Reports in a real browser: drawn, quiet, asking for nothing, on every screen and on paper."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coldpress
+from coldpress.errors import StepError
+from coldpress.report.page import comparison_page, run_page, write_page
+from coldpress.report.runs import Run, load_runs
+from fakes.chromium import Chromium, chromium_program
+from report.test_page import HOSTILE, hostile
+
+pytestmark = [
+    pytest.mark.xdist_group("tiny_run"),
+    pytest.mark.skipif(
+        os.name != "posix" or chromium_program() is None,
+        reason="needs Chromium (apt-get install chromium), and pipes as on POSIX",
+    ),
+]
+
+WIDER_THAN_THEIR_PLACE = """
+[...document.querySelectorAll('.plot')].filter((place) =>
+  [...place.querySelectorAll('svg.main-svg')].some((svg) => svg.getBoundingClientRect().width > place.clientWidth + 1)
+).map((place) => place.id)
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
+    with Chromium() as opened:
+        yield opened
+
+
+def assert_quiet(browser: Chromium, page: Path) -> None:
+    assert browser.complaints == []
+    assert browser.requests == [page.resolve().as_uri()], "it asked for more than itself"
+
+
+def drawn(browser: Chromium) -> list[str]:
+    """Charts that Plotly drew something into: a curve, points or bars."""
+    shapes = ".scatterlayer path, .scatterlayer .point, .barlayer .point path"
+    found: list[str] = browser.evaluate(
+        f"[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('{shapes}')).map((p) => p.id)"
+    )
+    return found
+
+
+def test_a_real_run(browser: Chromium, tiny_run: Path) -> None:
+    page = tiny_run / "report.html"
+    browser.open(page)
+    assert_quiet(browser, page)
+    assert drawn(browser) == ["score-0", "score-1", "cost", "curve-0"]
+    assert browser.evaluate("document.querySelectorAll('#curve-0 .scatterlayer .trace').length") == 4
+    assert browser.evaluate("document.querySelectorAll('#cost .barlayer .trace').length") == 4
+    assert browser.evaluate("document.querySelectorAll('#score-0 .errorbar').length") == 3
+    assert browser.evaluate("document.body.innerText").count("±") > 4
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_no_screen_is_too_narrow(browser: Chromium, tiny_run: Path, width: int) -> None:
+    browser.open(tiny_run / "report.html", width=width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(WIDER_THAN_THEIR_PLACE) == []
+    assert len(drawn(browser)) == 4
+    cell = "document.querySelector('#steps tbody td')"
+    stacked = browser.evaluate(f"getComputedStyle({cell}).display === 'grid'")
+    assert stacked == (width < 640), "on a phone a row is a list"
+
+
+def test_light_and_dark(browser: Chromium, tiny_run: Path) -> None:
+    seen = {}
+    for dark in (False, True):
+        browser.open(tiny_run / "report.html", dark=dark)
+        ground = browser.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        text = browser.evaluate("getComputedStyle(document.querySelector('#curve-0 .xtick text')).fill")
+        line = browser.evaluate("getComputedStyle(document.querySelector('#curve-0 path.js-line')).stroke")
+        seen[dark] = (ground, text, line)
+    assert seen[False][0] == "rgb(255, 255, 255)"
+    assert seen[True][0] == "rgb(15, 20, 25)"
+    assert all(light != dark for light, dark in zip(seen[False], seen[True], strict=True))
+    # The reader changes his mind while the page is open.
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+    fill = "getComputedStyle(document.querySelector('#curve-0 .xtick text')).fill"
+    browser.wait(lambda: browser.evaluate(fill) == seen[False][1], "drawn again in light colours")
+
+
+def test_on_paper(browser: Chromium, tiny_run: Path, tmp_path: Path) -> None:
+    browser.open(tiny_run / "report.html", dark=True)
+    browser.pdf(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-")
+    assert browser.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)"), "all is printed"
+    browser.call("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False)
+    browser.call(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
+    ground = browser.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert ground == "rgb(255, 255, 255)", "no ink for a dark ground"
+    browser.wait(lambda: browser.evaluate(WIDER_THAN_THEIR_PLACE) == [], "charts fit the paper")
+    browser.call("Emulation.setEmulatedMedia", media="", features=[])
+
+
+def test_hostile_text_does_nothing(browser: Chromium, tiny_run: Path, tmp_path: Path) -> None:
+    run = load_runs([tiny_run])[0]
+    bad = Run(HOSTILE, run.folder, hostile(run.record, count=3), {f"lora{HOSTILE}0": run.trainings["lora"]})
+    page = tmp_path / "bad.html"
+    for text in (run_page(bad), comparison_page([bad, run])):
+        write_page(page, text)
+        browser.open(page)
+        assert_quiet(browser, page)
+        assert browser.evaluate("document.querySelectorAll('main img, main script').length") == 0
+        assert drawn(browser)
+        assert "evil.example" in browser.evaluate("document.querySelector('.plot').textContent")
+
+
+def test_hundreds_of_steps(browser: Chromium, tiny_run: Path, tmp_path: Path) -> None:
+    run = load_runs([tiny_run])[0]
+    config = {"long": ["x" * 1000] * 200, "deep": {"a" * 300: "c" * 5000}}
+    many = hostile(run.record, count=100).model_copy(update={"config": config})
+    page = tmp_path / "many.html"
+    write_page(page, run_page(Run("many", run.folder, many, {})))
+    browser.open(page, width=390)
+    assert_quiet(browser, page)
+    assert browser.evaluate("document.querySelectorAll('#steps tbody tr').length") == 300
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_runs_side_by_side(browser: Chromium, tiny_run: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / name for name in ("one", "two")]
+    for copy in copies:
+        shutil.copytree(tiny_run, copy)
+    page = tmp_path / "comparison.html"
+    write_page(page, comparison_page(load_runs([tiny_run, *copies])))
+    for width in (390, 1280):
+        browser.open(page, width=width)
+        assert_quiet(browser, page)
+        assert drawn(browser) == ["compared-0", "compared-1", "losses"]
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_failed_run_and_one_without_charts(
+    browser: Chromium, workflow: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(StepError):
+        coldpress.run(workflow({"behave": "fail"}))
+    page = tmp_path / "output" / "report.html"
+    browser.open(page)
+    assert_quiet(browser, page)
+    assert "it failed on purpose" in browser.evaluate("document.querySelector('[role=alert]').innerText")
+    assert browser.evaluate("document.querySelectorAll('.plot').length") == 0
+    assert "Plotly" not in page.read_text()[:200_000], "what draws nothing carries no Plotly"
+
+
+def test_without_scripts_all_figures_are_there(browser: Chromium, tiny_run: Path) -> None:
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.call("Page.navigate", url=(tiny_run / "report.html").resolve().as_uri())
+        text = "document.body?.innerText"
+        browser.wait(lambda: "Held-out losses" in str(browser.evaluate(text)), "loaded")
+        record = json.loads((tiny_run / "run.json").read_text())
+        assert browser.evaluate("document.querySelector('.plot').offsetHeight") == 0, "no empty frames"
+        assert f"{record['steps'][0]['training']['eval_loss']:.4f}" in browser.evaluate(text)
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
