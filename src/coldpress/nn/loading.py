@@ -54,9 +54,7 @@ def load_model(
         matrices = {info.name.removesuffix(".weight"): info.shape for info in stored if len(info.shape) == 2}
         if tensors.packings:
             if quantization is not None or classifier is not None:
-                what = (
-                    "it cannot be held in 4 bits of bitsandbytes" if quantization else "no classifier is made of it"
-                )
+                what = "it cannot be held in 4 bits of bitsandbytes" if quantization else "no classifier is made of it"
                 raise CheckpointError(
                     f"{folder} is quantized already, so {what}",
                     hint="take the unquantized model, or train a plain LoRA adapter",
