@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+import coldpress.data.packing
 from coldpress.data.packing import IGNORED, TokenSequence
+from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import Interrupted, TrainingError
 from coldpress.events import EvaluationLoss, Event, Message, Progress
 from coldpress.nn.checkpoints import last_checkpoint
@@ -303,3 +305,27 @@ def test_tokens_are_counted(tiny_phi3: Path, tmp_path: Path) -> None:
     report, _ = run(tiny_phi3, tmp_path, max_steps=-1, num_train_epochs=2, save_steps=100)
     assert report.tokens == 2 * sum(len(one.ids) for one in sequences())
     assert report.tokens_per_second > 0
+
+
+def test_a_learning_rate_that_diverges(phi3: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(phi3)
+    text = (Path(coldpress.data.packing.__file__).parent / "parity_text.txt").read_text(encoding="utf-8")
+    parts = [text[start : start + 120] for start in range(0, 1920, 120)]
+    rows = [TokenSequence(list(one.ids), list(one.ids)) for one in tokenizer.encode(parts)]
+    model = adapted(phi3, 0.0)
+    with pytest.raises(TrainingError, match="the loss diverges: it began at") as error:
+        train(
+            model,
+            rows,
+            None,
+            arguments={**ARGUMENTS, "learning_rate": 3.0, "lr_scheduler_type": "constant", "max_steps": 60},
+            pad_id=tokenizer.pad_id,
+            work=tmp_path,
+            step="t",
+            emit=lambda event: None,
+        )
+    assert "its batch is the training sequences" in error.value.message
+    assert "lower learning_rate" in (error.value.hint or "")
+    kept = tmp_path / "last-good"
+    assert f"is kept in {kept}" in error.value.message
+    assert (kept / "adapter_model.safetensors").is_file()

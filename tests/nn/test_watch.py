@@ -30,9 +30,27 @@ def test_a_diverging_loss_is_named_with_its_batch() -> None:
         diverge()
     assert len(seen.losses) < FIRST_STEPS + 12, "within a dozen steps"
     assert "it began at 1 and is" in error.value.message
+    assert "3 is the limit" in error.value.message
     last = len(seen.losses) - 1 - FIRST_STEPS
     assert f"sequences {100 + last}, 7; sequence {100 + last} begins 'text of {100 + last}'" in error.value.message
     assert "lower learning_rate" in (error.value.hint or "")
+
+
+def test_worse_than_guessing() -> None:
+    seen = watch()
+    seen.guessing = 4.0
+
+    def diverge() -> None:
+        for step in range(30):
+            seen.add(2.0 if step == 0 else 7.0, 10, (step,))
+
+    with pytest.raises(TrainingError, match=r"it began at 2 and is .*4\.5 is the limit"):
+        diverge()
+    untrained = watch()
+    untrained.guessing = 4.0
+    for step in range(30):
+        untrained.add(5.0, 10, (step,))
+    assert untrained.good, "it began there"
 
 
 @pytest.mark.parametrize("wave", [lambda step: 3 + 2.5 * math.sin(step), lambda step: 0.5 if step % 9 else 6.0])

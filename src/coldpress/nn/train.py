@@ -158,6 +158,7 @@ def train(
         emit,
         timed=str(checked.save_strategy.value) == "no",
         describe=describe,
+        guessing=_guessing(model, sequences),
         evaluations=Evaluations(stopping.patience, stopping.threshold),
     )
     if resume is not None:
@@ -274,6 +275,12 @@ def _evaluation_defaults(given: Mapping[str, Any], held_out: Any, rows: int, cou
     if steps <= 0:
         steps = math.ceil(math.ceil(count / rows) * float(given.get("num_train_epochs") or 3))
     return {"eval_strategy": "steps", "eval_steps": max(1, math.ceil(steps / 10))}
+
+
+def _guessing(model: Any, sequences: Sequence[TokenSequence]) -> float | None:
+    """Loss of a guess among all tokens; of a classifier, none."""
+    size = getattr(model.config, "vocab_size", None)
+    return math.log(size) if size and sequences[0].target is None else None
 
 
 def _autocast_type(model: Any, arguments: Any) -> Any:

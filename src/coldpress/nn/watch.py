@@ -1,8 +1,13 @@
 """What is seen and decided while a training runs: losses, progress, when to save, what was best, when to stop.
 
-A training is stopped by a loss that is no number, and by one that diverges: its smoothed value has risen for
-`DIVERGED_STEPS` steps above where it began by more than `diverged_by` says. Either names the batch and keeps the last
-weights that were good.
+A training is stopped by a loss that is no number, and by one that diverges: for `DIVERGED_STEPS` steps its smoothed
+value is above a limit, the lowest of
+
+    the mean of the first steps + 2, or half of it where that is more
+    the first loss + 3                                      (one batch is chance, but no update had spoilt it)
+    what a guess among all tokens would give + 0.5          (where the first batch was below that)
+
+Either names the batch and keeps the last good weights.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ SMOOTHING = 0.9
 FIRST_STEPS = 10
 """Steps whose mean is where the loss began."""
 DIVERGED_STEPS = 5
+BEYOND_FIRST, BEYOND_GUESSING = 3.0, 0.5
+"""Nats per token."""
 
 
 def diverged_by(start: float) -> float:
@@ -80,6 +87,8 @@ class Watch:
     describe: Callable[[int], str] = str
     everyone: Callable[[Sequence[int]], Sequence[int]] = tuple
     """From the rows of this process to those of all that train the model."""
+    guessing: float | None = None
+    """Loss of a guess among all tokens, the logarithm of their number; None where that says nothing."""
     evaluations: Evaluations = field(default_factory=Evaluations)
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -131,19 +140,25 @@ class Watch:
         self.tokens += tokens
         self._smooth(loss)
         if self._risen >= DIVERGED_STEPS:
-            start = _mean(self.losses[:FIRST_STEPS])
             raise TrainingError(
-                f"the loss diverges: it began at {start:.4g} and is {self._smoothed:.4g} in step {done + 1} (smoothed; "
-                f"{diverged_by(start):.3g} above its start is the limit); {self._where()}",
+                f"the loss diverges: it began at {self.losses[0]:.4g} and is {self._smoothed:.4g} in step {done + 1} "
+                f"(smoothed; {self._limit():.4g} is the limit); {self._where()}",
                 hint="lower learning_rate, add warmup_steps, or set max_grad_norm",
             )
 
     def _smooth(self, loss: float) -> None:
         self._smoothed = loss if self._smoothed is None else SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
-        if len(self.losses) <= FIRST_STEPS:
-            return
-        start = _mean(self.losses[:FIRST_STEPS])
-        self._risen = self._risen + 1 if self._smoothed > start + diverged_by(start) else 0
+        self._risen = self._risen + 1 if self._smoothed > self._limit() else 0
+
+    def _limit(self) -> float:
+        """What the smoothed loss must not stay above."""
+        begun = self.losses[:FIRST_STEPS]
+        limit = begun[0] + BEYOND_FIRST
+        if len(self.losses) > FIRST_STEPS:
+            limit = min(limit, _mean(begun) + diverged_by(_mean(begun)))
+        if self.guessing is not None and begun[0] < self.guessing:
+            limit = min(limit, self.guessing + BEYOND_GUESSING)
+        return limit
 
     @property
     def good(self) -> bool:
