@@ -48,9 +48,15 @@ class Hardware:
     """Execution providers of the installed ONNX Runtime; empty when there is none."""
 
     @property
+    def bf16_unit(self) -> str | None:
+        """What multiplies bf16 matrices on this CPU, as people call it."""
+        units = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "BF16"}
+        return next((name for flag, name in units.items() if flag in self.instruction_sets), None)
+
+    @property
     def fast_bf16(self) -> bool:
         """Whether bf16 matrix products are faster than fp32 on this CPU."""
-        return any(flag in self.instruction_sets for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+        return self.bf16_unit is not None
 
 
 def _allowed_cpus() -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,3 +330,11 @@ def test_a_learning_rate_that_diverges(phi3: Path, tmp_path: Path) -> None:
     kept = tmp_path / "last-good"
     assert f"is kept in {kept}" in error.value.message
     assert (kept / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_torch_compile(tiny_phi3: Path, tmp_path: Path) -> None:
+    plain, _ = run(tiny_phi3, tmp_path / "plain", dropout=0.0, max_steps=2)
+    compiled, _ = run(tiny_phi3, tmp_path / "compiled", dropout=0.0, max_steps=2, torch_compile=True)
+    assert compiled.form == "padded"
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)

@@ -64,9 +64,17 @@ def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def loss_of(model: Any, sequences: Sequence[TokenSequence], *, autocast: torch.dtype | None) -> Iterator[Loss]:
-    """`model` is Transformers' or PEFT's on it; `autocast`: the type of products, if not its own."""
-    if getattr(sequences[0], "target", None) is not None:
+def loss_of(
+    model: Any, sequences: Sequence[TokenSequence], *, autocast: torch.dtype | None, plain: bool = False
+) -> Iterator[Loss]:
+    """`model` is Transformers' or PEFT's on it; `autocast`: the type of products, if not its own.
+
+    `plain` leaves its layers as they are, for torch.compile.
+    """
+    if plain:  # torch.compile fuses by itself, and cannot look into what is put in place here
+        yield Loss("padded" if sequences[0].target is None else "classes")
+        return
+    if sequences[0].target is not None:
         with fused_layers(model) as fused:
             yield Loss("classes", fused)
         return

@@ -175,10 +175,10 @@ def train(
     with (
         _stop_signals(watch),
         imports.quiet_renames(),
-        loss_of(model, sequences, autocast=autocast) as loss,
+        loss_of(model, sequences, autocast=autocast, plain=bool(checked.torch_compile)) as loss,
         told as reporters,
     ):
-        if loss.form == "padded":
+        if loss.form == "padded" and not checked.torch_compile:
             emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
         if loss.own_types(model) and checked.bf16:
             # Nothing is left for autocast to cast, and each of its casts costs time.

@@ -38,10 +38,15 @@ def training_arguments(config: TrainingConfig, ctx: Context) -> tuple[dict[str, 
     else:
         ours.update(use_cpu=True, dataloader_pin_memory=False)
     merged = {**ours, **given}
+    unit = f" ({ctx.hardware.bf16_unit})" if merged["bf16"] and not on_gpu else ""
     notes.append(
         f"computes in {'bfloat16' if merged['bf16'] else 'float16' if merged.get('fp16') else 'float32'} "
-        f"on {'the GPU' if on_gpu else f'{max(1, ctx.hardware.threads // ctx.neighbours)} CPU threads'}"
+        f"on {'the GPU' if on_gpu else f'{max(1, ctx.hardware.threads // ctx.neighbours)} CPU threads{unit}'}"
     )
+    if merged.get("torch_compile"):
+        notes.append(
+            "torch_compile: padded batches and Transformers' own layers, which it compiles before the first step"
+        )
     if ctx.ranks > 1:
         notes[-1] += f", in each of {ctx.ranks} processes"
     return merged, notes
