@@ -185,6 +185,26 @@ def _swap_classes(folder: Path) -> None:
     save_file(held, folder / "model.safetensors", {"format": "pt"})
 
 
+def test_an_encoder_in_four_bits(tmp_path: Path, train: Train, context: Callable[[str], Context]) -> None:
+    """Its layers have other names in the checkpoint than in the classifier that bitsandbytes quantizes."""
+    pytest.importorskip("bitsandbytes")
+    got = train("QLoRA", base_of(make_encoder(tmp_path / "base")), r=4)
+    merged = MergeAdapterWeights().run(MergeAdapterWeightsConfig(), got.artifact, context("merge"))
+    np.testing.assert_allclose(by_transformers(merged.path), got.logits, atol=EXACT)
+    assert prove(got.artifact, merged, context("proof"), tokens=400)["kl"] < 1e-7
+
+
+@pytest.mark.parametrize("form", ["decoder", "encoder"])
+def test_gradient_checkpointing(form: str, tmp_path: Path, train: Train) -> None:
+    base = base_of({"encoder": make_encoder, "decoder": make_checkpoint}[form](tmp_path / "base"))
+    found = [
+        train("LoRA", base, f"saving {saving}", r=4, lora_dropout=0.0,
+              training_args={**ARGUMENTS, "lr_scheduler_type": "constant", "gradient_checkpointing": saving}).logits
+        for saving in (False, True)
+    ]  # fmt: skip
+    np.testing.assert_allclose(found[0], found[1], atol=5 * EXACT)
+
+
 def test_all_weights(llama: Path, train: Train) -> None:
     got = train("FullFinetune", base_of(llama), training_args={**ARGUMENTS, "learning_rate": 1e-3})
     assert got.planned.spec.mismatch(got.artifact.describe()) is None

@@ -29,6 +29,8 @@ __all__ = ["Fused", "fused_layers", "random_mask"]
 
 Weight = Callable[[], torch.Tensor]
 
+CASTS_KEPT = 1 << 20
+"""Numbers of an adapter up to which its copy in the type of x is kept for the backward pass instead of made again."""
 EXACT, ROUNDED = 1e-4, 2e-2
 """Relative differences, of the norm, that count as agreement in float32 and in 16 bits: the two sides round in
 different places, and bfloat16 has 8 bits."""
@@ -62,18 +64,19 @@ class _LowRankLinear(torch.autograd.Function):  # type: ignore[misc]
         own = weight()
         out = flat @ own.t() if bias is None else torch.addmm(bias, flat, own.t())
         out.addmm_(inner, own_b.t(), alpha=scale)
-        ctx.save_for_backward(flat, inner, a, b, kept)
-        ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
+        small = a.numel() + b.numel() <= CASTS_KEPT
+        ctx.save_for_backward(flat, inner, *((own_a, own_b) if small else (a, b)), kept)
+        ctx.weight, ctx.scale, ctx.shape, ctx.dtypes = weight, scale, x.shape, (a.dtype, b.dtype)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        flat, inner, a, b, kept = ctx.saved_tensors
+        flat, inner, a, b, kept = ctx.saved_tensors  # a and b perhaps in the type of x already
         gradient = upstream.reshape(-1, upstream.shape[-1])
         own_a, own_b = a.to(flat.dtype), b.to(flat.dtype)
         for_inner = torch.mm(gradient, own_b).mul_(ctx.scale)
-        for_b = torch.mm(gradient.t(), inner).to(b.dtype).mul_(ctx.scale)
-        for_a = torch.mm(for_inner.t(), flat if kept is None else flat * kept).to(a.dtype)
+        for_b = torch.mm(gradient.t(), inner).to(ctx.dtypes[1]).mul_(ctx.scale)
+        for_a = torch.mm(for_inner.t(), flat if kept is None else flat * kept).to(ctx.dtypes[0])
         for_x = None
         if ctx.needs_input_grad[0]:
             for_x = torch.mm(gradient, ctx.weight())

@@ -28,6 +28,8 @@ def training_arguments(config: TrainingConfig, ctx: Context) -> tuple[dict[str, 
     if not on_gpu and optimizer.startswith("paged_"):
         given["optim"] = optimizer_on_cpu(optimizer)
         notes.append(f"optim {optimizer} needs an NVIDIA GPU; {given['optim']} is used")
+    if given.get("optim", "adamw_torch") == "adamw_torch" and not given.get("fsdp"):
+        given["optim"] = "adamw_torch_fused"  # the same arithmetic in one kernel
     if given.get("gradient_checkpointing"):
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     ours: dict[str, Any] = {"bf16": config.torch_dtype == "bfloat16" and (on_gpu or ctx.hardware.fast_bf16)}
