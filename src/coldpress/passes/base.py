@@ -112,7 +112,7 @@ def _data_config(known: Mapping[str, DataConfig], reference: str | DataConfig) -
 
 
 class Pass(Protocol[C]):
-    """One kind of step."""
+    """One kind of step. `distributed: ClassVar[bool] = True` says that several processes can do `run` together."""
 
     Config: ClassVar[type[Any]]
     """Its parameters: a frozen pydantic model that forbids unknown keys."""
@@ -124,8 +124,6 @@ class Pass(Protocol[C]):
     """Modules that `run` imports, so that a waiting process can import them early."""
     needs_torch: ClassVar[bool]
     """Whether `run` needs the process that has torch loaded."""
-    # distributed: ClassVar[bool] = False
-    # Whether `run` can be one of several processes that do the step together. A pass that says nothing cannot.
 
     def plan(self, config: C, spec: Spec, env: PlanContext) -> Planned:
         """What comes out, what it takes; raises PlanError."""
