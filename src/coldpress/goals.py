@@ -1,4 +1,4 @@
-"""What a score must reach. Pure functions of goals and scores: a plain run shows them, a search takes them as constraints.
+"""What a score must reach: pure functions of goals and scores. A run shows them, a search takes them as constraints.
 
     v value of the goal, b score of the input model      higher is better      lower is better
     threshold                                            v                     v
@@ -7,22 +7,23 @@
     max-degradation                                      b - v                 b + v
     percent-max-degradation                              b - |b| v / 100       b + |b| v / 100
 
-Met is at the bound or better. The absolute value keeps percentages right of scores below zero (Olive's turn round there).
+Met is at the bound or better. The absolute value keeps percentages right of scores below zero (Olive's turn round).
 Every sub type with a goal is judged, whether it has a priority or not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Protocol
 
 from coldpress.config.metrics import Goal
 from coldpress.errors import PlanError
 from coldpress.scores import GoalOutcome
 
-__all__ = ["Measured", "bound", "is_relative", "judge", "unmet"]
+__all__ = ["UNMET_EXIT_CODE", "Measured", "bound", "is_relative", "judge"]
 
+UNMET_EXIT_CODE = 3
+"""Of a command that is done, and whose result misses a goal."""
 _SURE = 2.0
 """Standard errors."""
 
@@ -65,25 +66,21 @@ def judge(goal: Goal, score: Measured, baseline: Measured | None) -> GoalOutcome
     margin = score.value - wanted if score.higher_is_better else wanted - score.value
     errors = [score.standard_error or 0.0]
     if is_relative(goal) and baseline is not None:
-        errors.append((baseline.standard_error or 0.0) * _share_of_baseline(goal))
+        errors.append((baseline.standard_error or 0.0) * _share_of_baseline(goal, score.higher_is_better))
     error = math.hypot(*errors)
     return GoalOutcome(
         type=goal.type,
         value=goal.value,
         bound=wanted,
-        met=margin >= -1e-12 * max(abs(wanted), abs(score.value)),  # the bound itself, whatever its last bit says
+        met=margin >= (-1e-12 * abs(wanted) if math.isfinite(wanted) else 0.0),  # the bound, whatever its last bit
         margin=margin,
         sure=error == 0 or abs(margin) > _SURE * error,
     )
 
 
-def _share_of_baseline(goal: Goal) -> float:
+def _share_of_baseline(goal: Goal, higher_is_better: bool) -> float:
     """How much the bound moves with the baseline."""
     if not goal.type.startswith("percent-"):
         return 1.0
-    return 1 + goal.value / 100 if goal.type.endswith("min-improvement") else 1 - goal.value / 100
-
-
-def unmet(outcomes: Iterable[GoalOutcome | None]) -> int:
-    """How many goals are not met."""
-    return sum(outcome is not None and not outcome.met for outcome in outcomes)
+    rises = goal.type.endswith("min-improvement") == higher_is_better
+    return abs(1 + goal.value / 100 if rises else 1 - goal.value / 100)

@@ -1,15 +1,12 @@
-"""A measured number, with all that is needed to read it: unit, direction, count, standard error, and what was asked of it."""
+"""A measured number, with what is needed to read it: unit, direction, count, standard error, what was asked of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coldpress.units import size
-
-__all__ = ["GoalOutcome", "Measurement", "Score", "shown_error", "shown_value"]
+__all__ = ["GoalOutcome", "Measurement", "Score"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,6 @@ class Score:
     cached: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """As people call it: the metric, and the sub type where that says more."""
-        return self.metric if self.sub_type in (self.metric, "accuracy_score") else f"{self.metric}.{self.sub_type}"
-
     @classmethod
     def of(cls, model: str, metric: str, found: Measurement, *, priority: int = -1, cached: bool = False) -> Score:
         return cls(
@@ -84,26 +76,3 @@ class Score:
             cached=cached,
             details=found.details,
         )
-
-
-def shown_value(value: float, unit: str) -> str:
-    """A value with its unit, as people read it."""
-    if not math.isfinite(value):
-        return f"{value:g} {unit}".rstrip()
-    if unit == "share":
-        return f"{100 * value:.1f} %"
-    if unit == "bytes":
-        return size(value)
-    return f"{value:,.4g} {unit}".rstrip() if abs(value) < 1e5 else f"{value:,.0f} {unit}".rstrip()
-
-
-def shown_error(error: float | None, value: float, unit: str) -> str:
-    """A standard error beside its value, without the unit; empty where there is none."""
-    if error is None:
-        return ""
-    if unit == "share":
-        return f"± {100 * error:.1f}"
-    if unit == "bytes":
-        return f"± {size(error)}"
-    digits = 2 if error else 1
-    return f"± {error:.{digits}g}"

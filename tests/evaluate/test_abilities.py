@@ -1,4 +1,4 @@
-"""Every runner gives what it declares, and the same as the others give; what it cannot give is refused in plain words."""
+"""Every runner gives what it declares, the same as the others give; what it cannot give is refused in plain words."""
 
 from __future__ import annotations
 

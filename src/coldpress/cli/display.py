@@ -195,10 +195,8 @@ def _text(event: Event, width: int) -> str | None:
         )
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""
-        return (
-            f"{event.model:{width}s}  {event.metric} {quantity(event.value, event.unit)} "
-            f"{spread(event.standard_error, event.unit)} ({event.n} records){cached}"
-        )
+        value = f"{quantity(event.value, event.unit)} {spread(event.standard_error, event.unit)}".rstrip()
+        return f"{event.model:{width}s}  {event.name} {value} (n {event.n:,}){_goal(event)}{cached}"
     if isinstance(event, Message):
         if event.level == "debug":
             return None
@@ -212,3 +210,12 @@ def _text(event: Event, width: int) -> str | None:
         margin = " " * (width + 2)
         return f"{margin}model  {event.output}\n{margin}record {event.record}\n{margin}total  {duration(event.seconds)}"
     return None
+
+
+def _goal(event: ScoreMeasured) -> str:
+    """What was asked of a score, and whether it is so."""
+    if event.goal is None:
+        return ""
+    sign = click.style("met", fg="green") if event.goal_met else click.style("NOT MET", fg="red", bold=True)
+    bound = "" if event.goal_bound is None else f" ({quantity(event.goal_bound, event.unit)})"
+    return f"  goal {event.goal}{bound} {sign}"

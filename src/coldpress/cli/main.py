@@ -68,7 +68,7 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a step failed, 2 config or command is wrong, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a step failed, 2 config or command wrong, 3 goals missed, 130 interrupted."""
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run())

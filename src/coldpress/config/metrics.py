@@ -16,6 +16,8 @@ from coldpress.config.frozen import Frozen, Text
 
 __all__ = [
     "METRIC_TYPES",
+    "OF_TEXT",
+    "OWN_ACCURACY",
     "TORCH_METRICS",
     "AccuracyMetric",
     "CustomMetric",
@@ -361,6 +363,10 @@ class TorchMetric:
     unit: str = "share"
 
 
+OF_TEXT = ("perplexity", "bits_per_byte", "loss")
+"""Sub types of accuracy that are of all text, not of answers: Olive has perplexity there."""
+OWN_ACCURACY = ("accuracy_score", "precision", "recall", "f1_score", "exact_match", *OF_TEXT)
+"""Sub types of accuracy that we compute."""
 TORCH_METRICS: Mapping[str, TorchMetric] = {
     "auroc": TorchMetric("AUROC", of_scores=True),
     "average_precision": TorchMetric("AveragePrecision", of_scores=True),
@@ -417,7 +423,7 @@ class Evaluator(Frozen):
 
     type: Literal["LMEvaluator"] | None = None
     """LMEvaluator: tasks of the Language Model Evaluation Harness, besides any metrics."""
-    metrics: tuple[Metric, ...] = ()
+    metrics: tuple[Metric, ...] | None = Field(default=None, min_length=1)
     """Measured one after the other."""
     tasks: tuple[Text, ...] | None = Field(default=None, min_length=1)
     """LMEvaluator: names of tasks, or paths of task files (YAML); size_on_disk may stand among them."""
@@ -458,8 +464,8 @@ class Evaluator(Frozen):
     def measured(self) -> tuple[Metric, ...]:
         """All metrics, those that the tasks of an LMEvaluator stand for among them."""
         if self.tasks is None:
-            return self.metrics
-        found: list[Any] = list(self.metrics)
+            return self.metrics or ()
+        found: list[Any] = list(self.metrics or ())
         names = [name for name in self.tasks if name != "size_on_disk"]
         if names:
             options = {

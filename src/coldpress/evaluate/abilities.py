@@ -30,11 +30,14 @@ __all__ = [
     "EncodingRunner",
     "GeneratingRunner",
     "LogitsRunner",
+    "Needs",
     "Runner",
     "Stop",
 ]
 
 Ability = Literal["log-likelihood", "logits", "generation", "encoding", "classification"]
+Needs = tuple[Ability, ...]
+"""What a metric asks of a runner."""
 ABILITIES: dict[Ability, str] = {
     "log-likelihood": "log-likelihoods of given tokens",
     "logits": "the logits of every token",
@@ -54,8 +57,12 @@ class Runner(Protocol):
     """What runs it, for messages and records: Transformers, ONNX Runtime ..."""
     kind: RunnerChoice
     """The same as a config names it."""
-    abilities: frozenset[Ability]
     context_length: int | None
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What it can be asked for."""
+        ...
 
     def close(self) -> None:
         """Let go of the weights."""

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from coldpress.config.metrics import AccuracyMetric, PerplexityMetric
+from coldpress.config.metrics import OF_TEXT, OWN_ACCURACY, AccuracyMetric, PerplexityMetric
 from coldpress.errors import PlanError
 from coldpress.evaluate.answers import read_answers
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.classification import accuracy, averaged, exact_match
 from coldpress.evaluate.encoders import is_encoder
-from coldpress.evaluate.predictions import Predictions, by_generation, by_head, by_likelihood, stop_tokens
+from coldpress.evaluate.predictions import Predictions, by_generation, by_head, by_likelihood
 from coldpress.scores import Measurement
 
 __all__ = ["answers_of", "measure"]
 
 _WRITTEN = ("exact_match",)
-_OF_TEXT = ("perplexity", "bits_per_byte", "loss")
-_OWN = ("accuracy_score", "precision", "recall", "f1_score", *_WRITTEN, *_OF_TEXT)
 
 
 def measure(metric: AccuracyMetric, bench: Bench) -> list[Measurement]:
@@ -47,13 +45,13 @@ def _one(
         from coldpress.evaluate.named_metrics import from_evaluate
 
         return from_evaluate(sub.name, config, predictions(written, False), metric.seed)
-    if sub.name in _OF_TEXT:
+    if sub.name in OF_TEXT:
         from coldpress.evaluate.perplexity import measure as of_text
 
         asked = {"sub_types": [{"name": sub.name}], "data_config": metric.data_config, "runner": metric.runner}
-        (found,) = of_text(PerplexityMetric.model_validate({"name": "", "type": "perplexity", **asked}), bench)
+        (found,) = of_text(PerplexityMetric.model_validate({"name": metric.name, "type": "perplexity", **asked}), bench)
         return found
-    if sub.name not in _OWN:
+    if sub.name not in OWN_ACCURACY:
         from coldpress.evaluate.named_metrics import from_torchmetrics
 
         return from_torchmetrics(sub.name, config, predictions(written, True), metric.seed)
@@ -71,7 +69,7 @@ def _one(
 
 def _needs_all(metric: AccuracyMetric) -> bool:
     """Whether some sub type reads the scores of all labels."""
-    return metric.backend == "torch_metrics" and any(sub.name not in _OWN for sub in metric.sub_types)
+    return metric.backend == "torch_metrics" and any(sub.name not in OWN_ACCURACY for sub in metric.sub_types)
 
 
 def answers_of(metric: Any, bench: Bench, *, written: bool, complete: bool) -> Predictions:
@@ -89,10 +87,7 @@ def answers_of(metric: Any, bench: Bench, *, written: bool, complete: bool) -> P
         free = all(sub.name in _WRITTEN for sub in metric.sub_types)
         answers = read_answers(config, tokenizer, labels=metric.labels, free=free)
         runner = bench.runner(("generation",), metric.runner)
-        stops = stop_tokens(bench.model, tokenizer)
-        found = by_generation(
-            runner, tokenizer, answers, stops=stops, max_new_tokens=metric.max_new_tokens, **options
-        )  # fmt: skip
+        found = by_generation(runner, tokenizer, answers, max_new_tokens=metric.max_new_tokens, **options)
     else:
         answers = read_answers(config, tokenizer, labels=metric.labels)
         runner = bench.runner(("log-likelihood",), metric.runner)

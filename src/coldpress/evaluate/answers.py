@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coldpress.config.schema import DataConfig, PreProcess
+from coldpress.config.schema import DataConfig
+from coldpress.data.classes import check_class_text, class_labels
+from coldpress.data.formats import Reading
 from coldpress.data.sources import Records, read_records
-from coldpress.data.templates import Encoded, Rendered, encode, render, render_all
+from coldpress.data.templates import Encoded, Rendered, encode, read_format, render, render_all
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 from coldpress.registry import nearest
 
-__all__ = ["MAX_LABELS", "AnswerSet", "Candidates", "read_answers", "read_texts"]
+__all__ = ["MAX_LABELS", "AnswerSet", "Candidates", "check_labels", "read_answers", "read_texts"]
 
 MAX_LABELS = 100
 """Different answers that can be scored against each other; more are no classes, but free text."""
@@ -29,6 +31,7 @@ class AnswerSet:
     truth: tuple[str, ...] = field(repr=False)
     labels: tuple[str, ...]
     """Every answer there is, in alphabetical order."""
+    reading: Reading = field(repr=False)
 
     @property
     def prompts(self) -> list[str]:
@@ -38,7 +41,11 @@ class AnswerSet:
     def candidates(self, rows: Sequence[int], tokenizer: Tokenizer) -> list[Candidates]:
         """The text of each record with every label in the answer's place, tokenized whole."""
         pre = self.config.pre_process_data_config
-        texts = [render(self.records.rows[row], pre, tokenizer, answer=label) for row in rows for label in self.labels]
+        texts = [
+            render(self.records.rows[row], pre, tokenizer, answer=label, reading=self.reading)
+            for row in rows
+            for label in self.labels
+        ]
         encoded = encode(texts, pre, tokenizer)
         count = len(self.labels)
         return [Candidates(encoded[place : place + count]) for place in range(0, len(encoded), count)]
@@ -64,23 +71,27 @@ def read_answers(
     """
     records = read_records(config)
     pre = config.pre_process_data_config
-    if pre.label_col is None and not pre.chat_template:
+    reading = read_format(records, pre, tokenizer)
+    rendered = render_all(records, pre, tokenizer, reading)
+    missing = [place for one, place in zip(rendered, records.places, strict=True) if one.answer is None]
+    if len(missing) == len(rendered):
         raise DataError(
             f"the data config {config.name} names no answer, so there is nothing to be right about",
             hint='add "label_col" to pre_process_data_config',
         )
-    rendered = render_all(records, pre, tokenizer)
-    missing = [place for one, place in zip(rendered, records.places, strict=True) if one.answer is None]
     if missing:
         raise DataError(f"{len(missing)} records of {config.name} have no answer, the first: {missing[0]}")
     truth = tuple(str(one.answer) for one in rendered)
+    if reading.chat:  # where its last turn begins is only looked for where it matters
+        pairs = zip(records.rows, truth, strict=True)
+        rendered = [render(row, pre, tokenizer, answer=answer, reading=reading) for row, answer in pairs]
     found = check_labels(truth, records.places, labels, config.name)
     if not free and not 2 <= len(found) <= MAX_LABELS:
         raise DataError(
             f"{config.name} has {len(found)} different answers; this accuracy is for 2 to {MAX_LABELS}",
             hint="is label_col the right column? Free text is compared by exact_match",
         )
-    return AnswerSet(config, records, tuple(rendered), truth, found)
+    return AnswerSet(config, records, tuple(rendered), truth, found, reading)
 
 
 def check_labels(
@@ -108,21 +119,11 @@ def read_texts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Records, list[
     For models with a classification head: there the answer is no part of the text.
     """
     records = read_records(config)
-    pre: PreProcess = config.pre_process_data_config
-    column = pre.label_col
-    rendered = render_all(records, pre.model_copy(update={"label_col": None, "completion_only_loss": False}), tokenizer)
-    if column is None:
-        return records, [one.text for one in rendered], None
-    records.require((column,), "label_col")
-    answers = []
-    for row, place in zip(records.rows, records.places, strict=True):
-        if row.get(column) is None:
-            raise DataError(f"{place}: the column {column!r} is empty", hint="fill it in, or remove the row")
-        answers.append(str(row[column]))
-    used = pre.text_template is not None and f"{{{column}}}" in pre.text_template
-    if used or column in (pre.text_cols or ()) or column == pre.text_field:
-        raise DataError(
-            f"the text of {config.name} holds its answer ({column!r}), which a classification head would read",
-            hint="leave the answer's column out of the text; label_col names it",
-        )
-    return records, [one.text for one in rendered], answers
+    pre = config.pre_process_data_config
+    bare = pre.model_copy(update={"label_col": None, "completion_only_loss": False})
+    reading = read_format(records, bare, tokenizer)
+    answers = None
+    if pre.label_col is not None:
+        check_class_text(config, reading)
+        answers = class_labels(records, pre)
+    return records, [one.text for one in render_all(records, bare, tokenizer, reading)], answers

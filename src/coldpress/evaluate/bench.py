@@ -12,7 +12,7 @@ from coldpress.config.metrics import RunnerChoice
 from coldpress.config.schema import DataConfig
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
-from coldpress.evaluate.abilities import Ability
+from coldpress.evaluate.abilities import Needs
 from coldpress.evaluate.runners import open_runner, runner_names
 from coldpress.events import Message, Progress, Sink
 
@@ -29,7 +29,7 @@ class OpenRunners:
     def get(
         self,
         model: Artifact,
-        needs: Collection[Ability],
+        needs: Needs,
         *,
         runner: RunnerChoice | None = None,
         dtype: str = "float32",
@@ -80,7 +80,7 @@ class Bench:
             raise DataError(f"there is no data config called {name!r}")
         return self.data_configs[name]
 
-    def runner(self, needs: Collection[Ability], choice: RunnerChoice | None = None, dtype: str = "float32") -> Any:
+    def runner(self, needs: Needs, choice: RunnerChoice | None = None, dtype: str = "float32") -> Any:
         return self.runners.get(self.model, needs, runner=choice, dtype=dtype, on_block=self.on_block)
 
     def tokenizer(self) -> Tokenizer:

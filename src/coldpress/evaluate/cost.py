@@ -1,13 +1,15 @@
 """The metrics of cost: latency and throughput of batches, speed of generation, memory and time to load.
 
-They take all models at once: what is compared is measured in turn, in one session (`timing`). Memory and load times come
-from processes of their own (`probe`), started in turn as well. A checkpoint runs in the type that it is stored in, as
-its users run it, not in the float32 in which quality is measured.
+They take all models at once: what is compared is measured in turn, in one session (`timing`). Memory and load times
+come from processes of their own (`probe`), started in turn as well. A checkpoint runs in the type that it is stored in,
+as its users run it, not in the float32 in which quality is measured.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldpress.config.metrics import (
+    Fresh,
     GenerationMetric,
     LatencyMetric,
     LoadTimeMetric,
@@ -23,7 +26,10 @@ from coldpress.config.metrics import (
     RunnerChoice,
     Timing,
 )
+from coldpress.data.prepare import texts_of
+from coldpress.data.templates import encode
 from coldpress.errors import DataError, PlanError, StepError
+from coldpress.evaluate.abilities import Needs
 from coldpress.evaluate.answers import read_texts
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.encoders import is_encoder
@@ -31,13 +37,11 @@ from coldpress.evaluate.runners import runner_names
 from coldpress.evaluate.statistics import bootstrap_error, mean_error, quantile, ratio_error
 from coldpress.evaluate.texts import bundled_tokens
 from coldpress.evaluate.timing import Rounds, alternate, blocks, machine_state
-from coldpress.data.prepare import texts_of
-from coldpress.data.templates import encode
 from coldpress.events import Progress
 from coldpress.hardware import detect
 from coldpress.scores import Measurement
 
-__all__ = ["measure_generation", "measure_latency", "measure_load_time", "measure_memory"]
+__all__ = ["Written", "measure_generation", "measure_latency", "measure_load_time", "measure_memory"]
 
 Found = dict[str, list[Measurement]]
 """Measurements of each model."""
@@ -74,9 +78,8 @@ def measure_latency(metric: LatencyMetric, benches: Mapping[str, Bench]) -> Foun
         sides[label] = _timed(runner.forward, batches)
         counts[label] = [len(batch) for batch in batches]
     pieces = min(len(each) for each in counts.values())
-    rounds = alternate(
-        sides, lambda seconds: seconds, timing, pieces=pieces, on_round=_reporter(benches, timing)
-    )
+    rounds = alternate(sides, lambda seconds: seconds, timing, pieces=pieces, on_round=_reporter(benches, timing))
+    _say(rounds, metric, benches)
     return {
         label: [_spread(sub.name, metric, rounds, label, counts[label], bench) for sub in metric.sub_types]
         for label, bench in benches.items()
@@ -112,7 +115,7 @@ def _texts(name: str, bench: Bench) -> list[list[int]]:
     if is_encoder(bench.model.describe().config):
         _, words, _ = read_texts(config, tokenizer)
         return [list(one.ids) for one in tokenizer.backend.encode_batch(words, add_special_tokens=True)]
-    _, rendered = texts_of(config, tokenizer)
+    rendered = texts_of(config, tokenizer).rendered
     return [one.ids for one in encode(rendered, config.pre_process_data_config, tokenizer)]
 
 
@@ -162,9 +165,8 @@ def measure_generation(metric: GenerationMetric, benches: Mapping[str, Bench]) -
         prompts = _prompts(metric, bench, runner)
         pieces = min(pieces, len(prompts))
         sides[label] = _written(runner, prompts, metric.new_tokens)
-    rounds = alternate(
-        sides, lambda one: one.seconds, timing, pieces=pieces, on_round=_reporter(benches, timing)
-    )
+    rounds = alternate(sides, lambda one: one.seconds, timing, pieces=pieces, on_round=_reporter(benches, timing))
+    _say(rounds, metric, benches)
     found = {}
     for label, bench in benches.items():
         details = {**rounds.details(label), "new_tokens": metric.new_tokens, **_how(bench, metric)}
@@ -174,10 +176,9 @@ def measure_generation(metric: GenerationMetric, benches: Mapping[str, Bench]) -
 
 def _written(runner: Any, prompts: Sequence[Sequence[int]], new: int) -> Callable[[int], Written]:
     def one(piece: int) -> Written:
-        times = [time.perf_counter()]
-        for _ in runner.stream(prompts[piece], new):
-            times.append(time.perf_counter())
-        first, *gaps = (after - before for before, after in zip(times, times[1:], strict=False))
+        began = time.perf_counter()
+        times = [began, *(time.perf_counter() for _ in runner.stream(prompts[piece], new))]
+        first, *gaps = (after - before for before, after in itertools.pairwise(times))
         return Written(len(prompts[piece]), first, tuple(gaps))
 
     return one
@@ -193,7 +194,7 @@ def _prompts(metric: GenerationMetric, bench: Bench, runner: Any) -> list[list[i
     if metric.data_config is None:
         return _bundled(bench, min(metric.prompt_tokens, room or metric.prompt_tokens))
     config, tokenizer = bench.data(metric.data_config), bench.tokenizer()
-    _, rendered = texts_of(config, tokenizer)
+    rendered = texts_of(config, tokenizer).rendered
     encoded = encode(rendered, config.pre_process_data_config, tokenizer)
     prompts = [one.ids[: one.answer_start][-room:] if room else one.ids[: one.answer_start] for one in encoded]
     return [ids for ids in prompts if ids]
@@ -250,7 +251,8 @@ def measure_load_time(metric: LoadTimeMetric, benches: Mapping[str, Bench]) -> F
 
 
 def _probes(metric: Any, benches: Mapping[str, Bench], new_tokens: int) -> dict[str, list[dict[str, Any]]]:
-    repeats = max((sub.metric_config.repeat_test_num if sub.metric_config else 3) for sub in metric.sub_types)
+    asked = [sub.metric_config for sub in metric.sub_types if sub.metric_config is not None] or [Fresh()]
+    repeats = max(one.repeat_test_num for one in asked)
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in benches}
     for number in range(repeats):
         for label, bench in benches.items():
@@ -312,8 +314,8 @@ def _timing(metric: LatencyMetric | GenerationMetric) -> Timing:
 
 
 def _runner(bench: Bench, choice: RunnerChoice | None) -> Any:
-    encodes = is_encoder(bench.model.describe().config)
-    return bench.runner(() if encodes else ("generation",), choice, "auto")
+    needs: Needs = () if is_encoder(bench.model.describe().config) else ("generation",)
+    return bench.runner(needs, choice, "auto")
 
 
 def _how(bench: Bench, metric: LatencyMetric | GenerationMetric) -> dict[str, Any]:
@@ -322,10 +324,24 @@ def _how(bench: Bench, metric: LatencyMetric | GenerationMetric) -> dict[str, An
     return {"runner": runner.name, **({"dtype": runner.dtype} if hasattr(runner, "dtype") else {})}
 
 
-def _reporter(benches: Mapping[str, Bench], timing: Timing) -> Callable[[int], None]:
+def _reporter(benches: Mapping[str, Bench], timing: Timing) -> Callable[[float], None]:
     bench = next(iter(benches.values()))
 
-    def report(done: int) -> None:
-        bench.emit(Progress(bench.step, done, max(done, timing.repeat_test_num), "rounds"))
+    def report(seconds: float) -> None:
+        bench.emit(Progress(bench.step, round(min(seconds, timing.max_seconds), 1), timing.max_seconds, "s at most"))
 
     return report
+
+
+def _say(rounds: Rounds, metric: LatencyMetric | GenerationMetric, benches: Mapping[str, Bench]) -> None:
+    """A warning where the time was up before the figures were as narrow as asked for."""
+    if not rounds.narrow:
+        widths = ", ".join(
+            f"{label} ±{width:.0%}" if math.isfinite(width) else f"{label} unknown"
+            for label, width in rounds.interval.items()
+        )
+        next(iter(benches.values())).warn(
+            f"{metric.name}: after {rounds.rounds} rounds in {rounds.seconds:.0f} s the 95 % intervals are {widths}, "
+            f"wider than asked for (load of the machine {rounds.machine['load']:g}); raise max_seconds, or measure "
+            "when it is quiet"
+        )

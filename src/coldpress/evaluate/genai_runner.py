@@ -1,7 +1,7 @@
 """ONNX Runtime GenAI: models as its users run them, with its own cache and its own choice of graphs.
 
-Given tokens go through in one call a batch, padded on the right. A batch may be fed only once, and a graph whose head is
-pruned yields the last token's logits alone, so labels are better scored by plain ONNX Runtime; generation is what
+Given tokens go through in one call a batch, padded on the right. A batch may be fed only once, and a graph whose head
+is pruned yields the last token's logits alone, so labels are better scored by plain ONNX Runtime; generation is what
 this runner is for. Its tokenizer is not used: it adds no BOS where the checkpoint's does.
 """
 

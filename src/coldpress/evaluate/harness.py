@@ -1,4 +1,4 @@
-"""The metric `lm_eval`: tasks of the Language Model Evaluation Harness, by the harness's own code, on any of our runners.
+"""The metric `lm_eval`: tasks of the Language Model Evaluation Harness, by the harness's own code, on our runners.
 
 A task is a name that the harness knows, or a task file; its data may lie beside it, so that nothing is downloaded.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from coldpress.config.metrics import LmEvalMetric
 from coldpress.errors import DataError, MissingExtraError, PlanError
+from coldpress.evaluate.abilities import Needs
 from coldpress.evaluate.bench import Bench
-from coldpress.evaluate.predictions import stop_tokens
 from coldpress.events import Progress
 from coldpress.registry import nearest
 from coldpress.scores import Measurement
@@ -39,12 +39,11 @@ def measure(metric: LmEvalMetric, bench: Bench) -> list[Measurement]:
         ) from error
     with _quiet():
         tasks = _tasks(metric)
-    tokenizer = bench.tokenizer()
     writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
+    needs: Needs = ("log-likelihood", "generation") if writes else ("log-likelihood",)
     model = HarnessModel(
-        bench.runner(("log-likelihood", "generation") if writes else ("log-likelihood",), metric.runner),
-        tokenizer,
-        stops=stop_tokens(bench.model, tokenizer),
+        bench.runner(needs, metric.runner),
+        bench.tokenizer(),
         batch_size=metric.batch_size,
         max_length=metric.max_length,
         name=str(bench.model.path),
@@ -85,7 +84,9 @@ def _tasks(metric: LmEvalMetric) -> Any:
     files = [name for name in metric.tasks if name.endswith((".yaml", ".yml"))]
     missing = [name for name in files if not Path(name).is_file()]
     if missing:
-        raise PlanError(f"there is no task file {', '.join(missing)}", hint="relative paths start at the config's folder")
+        raise PlanError(
+            f"there is no task file {', '.join(missing)}", hint="relative paths start at the config's folder"
+        )
     known = TaskManager(include_path=metric.include_path, include_defaults=len(files) < len(metric.tasks))
     unknown = [name for name in metric.tasks if name not in files and name not in known.task_index]
     if unknown:

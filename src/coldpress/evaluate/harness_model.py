@@ -1,12 +1,12 @@
-"""A runner as the Language Model Evaluation Harness knows models: its requests become tokens, its answers come from us.
+"""A runner as the Language Model Evaluation Harness knows models: its requests become tokens, the answers are ours.
 
-Imported only where the harness is used. Tokens are made as by its own `hf` model: the tokenizer's special tokens around a
-text unless it begins with BOS, contexts cut on the left, one token (BOS, else EOS) before what has no context.
+Imported only where the harness is used. Tokens are made as by its own `hf` model: the tokenizer's special tokens around
+a text unless it begins with BOS, contexts cut on the left, one token (BOS, else EOS) before what has no context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -26,7 +26,7 @@ _NEW_TOKENS = 256
 """Of a task that does not say; the harness has the same."""
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TemplateLM):  # type: ignore[misc] # lm_eval ships no types
     """What `lm_eval` calls a model. Always greedy; a task that samples is refused."""
 
     def __init__(
@@ -34,14 +34,13 @@ class HarnessModel(TemplateLM):
         runner: Any,
         words: Tokenizer,
         *,
-        stops: Collection[int],
         batch_size: int,
         max_length: int | None,
         name: str,
         on_done: Callable[[int, int, str], None],
     ) -> None:
         super().__init__()
-        self._runner, self._words, self._stops = runner, words, stops
+        self._runner, self._words = runner, words
         self._batch = batch_size
         self.max_length = min(one for one in (max_length, runner.context_length, 1 << 30) if one is not None)
         if max_length is None and runner.context_length is None:
@@ -134,7 +133,7 @@ class HarnessModel(TemplateLM):
                 found = self._runner.generate(
                     [prompts[one] for one in batch],
                     max_new_tokens=new,
-                    stop_tokens=self._stops,
+                    stop_tokens=self._words.stop_ids,
                     stop=lambda tokens, until=until: any(term in self._text(tokens) for term in until if term),
                 )
                 for one, tokens in zip(batch, found, strict=True):

@@ -10,8 +10,8 @@ A candidate is finished when its whole text is scored. A record is decided as so
 finished one: labels that have lost by then are never run. What follows the label counts too (EOS, where the data
 config adds it), so a label that is the beginning of another one is not favoured.
 
-Runners that continue from a cache run a batch of prompts once, then only label tokens behind them. Others (a model block
-by block) run whole texts, twice a record at most in practice. Both give the same scores.
+Runners that continue from a cache run a batch of prompts once, then only label tokens behind them. Others (a model
+block by block) run whole texts, twice a record at most in practice. Both give the same scores.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _run_whole(tasks: Sequence[_Task], runner: LogitsRunner, batch_size: int, re
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Tokens that all begin with; one less than the shortest at most, so that something is left of each."""
-    low, high = min(sequences), max(sequences)
+    low, high = min(map(list, sequences)), max(map(list, sequences))
     limit = min(map(len, sequences)) - 1
     return next((place for place in range(limit) if low[place] != high[place]), limit)
 
@@ -168,7 +168,7 @@ def log_softmax(logits: Any) -> Floats:
     """ln p along the last axis, in float64."""
     import numpy as np
 
-    rows = np.asarray(logits, np.float64)
+    rows: Floats = np.asarray(logits, np.float64)
     rows = rows - rows.max(axis=-1, keepdims=True)
     rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
     return rows
@@ -205,9 +205,7 @@ def score_continuations(
     short = [place for place, (context, tokens) in enumerate(pairs) if len(tokens) <= len(context)]
     long = [place for place, (context, tokens) in enumerate(pairs) if len(tokens) > len(context)]
     first = _score_continued([pairs[one] for one in short], cast("ContinuingRunner", runner), batch_size, report)
-    second = _score_whole(
-        [pairs[one] for one in long], runner, batch_size, lambda done: report(len(short) + done)
-    )
+    second = _score_whole([pairs[one] for one in long], runner, batch_size, lambda done: report(len(short) + done))
     found = dict(zip((*short, *long), (*first, *second), strict=True))
     return [found[place] for place in range(len(pairs))]
 

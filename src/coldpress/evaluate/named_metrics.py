@@ -56,10 +56,10 @@ def from_torchmetrics(name: str, config: Mapping[str, Any], answers: Predictions
         return float(metric(scores[rows], targets[rows]))
 
     found = value(np.arange(len(true)))
-    error = bootstrap_error(
+    spread = bootstrap_error(
         value, len(true), np.random.default_rng(seed), clusters=answers.prompts, resamples=_RESAMPLES
     )
-    return _finite(Measurement(name, found, known.unit, known.higher_is_better, len(true), error))
+    return _finite(Measurement(name, found, known.unit, known.higher_is_better, len(true), spread))
 
 
 def _numbers(answers: Predictions, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -83,7 +83,7 @@ def _shares(scores: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float32]:
 
     assert scores is not None
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
 
 def from_evaluate(name: str, config: Mapping[str, Any], answers: Predictions, seed: int) -> Measurement:
@@ -92,8 +92,9 @@ def from_evaluate(name: str, config: Mapping[str, Any], answers: Predictions, se
     `config` may hold load_params, compute_params, and result_key: where in the result the number is, in dots.
     """
     try:
-        import evaluate
         from datasets import Value
+
+        import evaluate
     except ModuleNotFoundError as error:
         raise _missing("evaluate", error) from error
     import numpy as np
@@ -119,10 +120,10 @@ def from_evaluate(name: str, config: Mapping[str, Any], answers: Predictions, se
         return _picked(result, key, name)
 
     found = value(np.arange(len(true)))
-    error = bootstrap_error(
+    spread = bootstrap_error(
         value, len(true), np.random.default_rng(seed), clusters=answers.prompts, resamples=_RESAMPLES
     )
-    return _finite(Measurement(name, found, "", True, len(true), error))
+    return _finite(Measurement(name, found, "", True, len(true), spread))
 
 
 def _picked(result: Any, key: str, name: str) -> float:

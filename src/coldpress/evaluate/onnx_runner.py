@@ -1,7 +1,7 @@
 """ONNX decoders on plain ONNX Runtime: logits of given tokens, and a cache that is carried on outside.
 
     prompt    [rows, T] padded on the right, empty cache      -> scores of the last token, cache [row, head, T, size]
-    step      [rows, 1], mask [rows, T + 1]                   -> its scores; each row's token lies behind its own last one
+    step      [rows, 1], mask [rows, T + 1]                   -> its scores; the token lies behind the row's last
 
 GroupQueryAttention counts the tokens of each row by the mask, so rows of different lengths share a cache; with a cache
 it takes one new token at a time, or several of one row alone (ONNX Runtime 1.32, CPU). That is why continuations

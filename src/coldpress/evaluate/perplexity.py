@@ -102,7 +102,8 @@ def _window(asked: int | None, config: DataConfig, runner: LogitsRunner) -> int:
 def documents(config: DataConfig, tokenizer: Tokenizer, window: int) -> list[Document]:
     """Texts of a data config: each record one, or all of them joined, as its strategy says. Raises DataError."""
     pre = config.pre_process_data_config
-    _, rendered = texts_of(config, tokenizer)
+    texts = texts_of(config, tokenizer)
+    rendered = texts.rendered
     if pre.strategy.startswith("join"):
         rendered = [Rendered(pre.joiner.join(one.text for one in rendered))]
     elif pre.max_samples is not None:
@@ -115,7 +116,7 @@ def documents(config: DataConfig, tokenizer: Tokenizer, window: int) -> list[Doc
         if pre.strategy.startswith("join") and pre.max_samples is not None:
             ids, spans = ids[: pre.max_samples * window], spans[: pre.max_samples * window]
         first = 1
-        if pre.completion_only_loss and one.answer_start is not None:
+        if texts.completion_only and one.answer_start is not None:
             answer = one.answer_start
             first = max(1, next((place for place, (_, end) in enumerate(spans) if end > answer), len(ids)))
         if first < len(ids):
@@ -155,7 +156,8 @@ def surprise(
     stride = stride or max(1, window // 2)
     if stride >= window:
         raise DataError(f"a stride of {stride} leaves no context in a window of {window}", hint="make it smaller")
-    places = [(row, *one) for row, text in enumerate(texts) for one in windows(len(text.ids), text.first, window, stride)]
+    cuts = (windows(len(text.ids), text.first, window, stride) for text in texts)
+    places = [(row, *one) for row, each in enumerate(cuts) for one in each]
     sequences = [texts[row].ids[start:end] for row, start, end, _ in places]
     lost = [0.0] * len(places)
     done, total = 0, sum(end - scored for _, _, end, scored in places)

@@ -1,14 +1,14 @@
-"""What a model answers to every record of a data set: by the likelihood of each label, by generation, or by its head."""
+"""What a model answers to every record of a data set: by the likelihood of each label, by writing, or by its head."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from coldpress.artifacts.base import Artifact, read_json
 from coldpress.config.schema import DataConfig
-from coldpress.data.templates import encode
+from coldpress.data.templates import Encoded, encode
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 from coldpress.evaluate.abilities import EncodingRunner, GeneratingRunner, LogitsRunner
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Predictions", "by_generation", "by_head", "by_likelihood", "stop_tokens"]
+__all__ = ["Predictions", "by_generation", "by_head", "by_likelihood"]
 
 _RENDERED_AT_ONCE = 4096
 """Texts that are tokenized in one call."""
@@ -53,7 +53,7 @@ def by_likelihood(
     emit: Sink | None = None,
     step: str = "",
 ) -> Predictions:
-    """The most likely label of every record; records with the same text are asked once. `complete` scores all labels."""
+    """The most likely label of every record; equal prompts are asked once. `complete` scores all labels."""
     import numpy as np
 
     kept, tasks, known = _fitting(runner, tokenizer, answers)
@@ -82,7 +82,7 @@ def _fitting(
     prompts = answers.prompts
     known: dict[str, int] = {}
     too_long: set[str] = set()
-    tasks = []
+    tasks: list[Sequence[Encoded]] = []
     distinct = list(dict.fromkeys(prompts))
     first_row = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
     step = max(1, _RENDERED_AT_ONCE // len(answers.labels))
@@ -105,7 +105,7 @@ def _fitting(
 def _refuse_prefixes(texts: Sequence[Any], answers: AnswerSet) -> None:
     """A label whose text is the beginning of another's would always win: less text is never less likely."""
     ordered = sorted(range(len(texts)), key=lambda place: texts[place].ids)
-    for short, long in zip(ordered, ordered[1:], strict=False):
+    for short, long in itertools.pairwise(ordered):
         if texts[long].ids[: len(texts[short].ids)] == texts[short].ids:
             raise DataError(
                 f"in {answers.config.name} the text with {answers.labels[short]!r} is the beginning of the one with "
@@ -119,7 +119,6 @@ def by_generation(
     tokenizer: Tokenizer,
     answers: AnswerSet,
     *,
-    stops: Collection[int],
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     emit: Sink | None = None,
@@ -144,7 +143,9 @@ def by_generation(
     said: dict[int, str] = {}
     for batch in batches_of([len(prompts[row]) for row in kept], batch_size):
         rows = [kept[place] for place in batch]
-        found = runner.generate([prompts[row] for row in rows], max_new_tokens=new, stop_tokens=stops, stop=done)
+        found = runner.generate(
+            [prompts[row] for row in rows], max_new_tokens=new, stop_tokens=tokenizer.stop_ids, stop=done
+        )
         for row, tokens in zip(rows, found, strict=True):
             said[row] = _first_line(_decoded(tokenizer, tokens))
         if emit is not None:
@@ -217,12 +218,3 @@ def _decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-def stop_tokens(model: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends an answer: the tokenizer's EOS, and what the model's generation_config.json names."""
-    found = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    path = model.model / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.is_file() else None
-    found.update([named] if isinstance(named, int) else named or ())
-    return frozenset(found)

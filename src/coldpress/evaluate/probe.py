@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.base import Artifact
+from coldpress.evaluate.abilities import Needs
 from coldpress.evaluate.encoders import is_encoder
 from coldpress.evaluate.runners import open_runner, runner_names
 
@@ -85,13 +86,14 @@ def probe(task: dict[str, Any]) -> dict[str, Any]:
     """Load the model of a task and run its prompt; seconds and bytes by the names of the sub types."""
     model = Artifact.from_record(Path(task["path"]), task["record"])
     encodes = is_encoder(model.describe().config)
+    needs: Needs = () if encodes else ("generation",)
     choice = task["runner"] or runner_names(model)[0]
     _import_libraries(model, choice)
     with _Peak() as peak:
         started = time.perf_counter()
         opened = open_runner(
             model,
-            needs=() if encodes else ("generation",),
+            needs=needs,
             runner=choice,
             trust_remote_code=task["trust_remote_code"],
             dtype="auto",

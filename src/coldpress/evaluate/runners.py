@@ -7,7 +7,7 @@ too large to be loaded whole runs block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from coldpress.artifacts.base import Artifact, read_json
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.config.metrics import RunnerChoice
 from coldpress.errors import PlanError, UnsupportedModelError
-from coldpress.evaluate.abilities import ABILITIES, Ability, LogitsRunner, Runner
+from coldpress.evaluate.abilities import ABILITIES, LogitsRunner, Needs, Runner
 from coldpress.evaluate.encoders import OnnxEncoder, TorchEncoder, is_encoder
 from coldpress.evaluate.genai_runner import GenAIRunner
 from coldpress.evaluate.onnx_runner import OnnxRunner
@@ -52,7 +52,7 @@ WHOLE_SHARE = 0.5
 def open_runner(
     model: Artifact,
     *,
-    needs: Collection[Ability] = ("logits",),
+    needs: Needs = ("logits",),
     runner: RunnerChoice | None = None,
     trust_remote_code: bool = False,
     blocks: Literal["always", "if too large"] = "if too large",
@@ -102,7 +102,7 @@ def _opened(
     blocks: Literal["always", "if too large"],
     on_block: Callable[[int, int], None] | None,
     dtype: str,
-    needs: Collection[Ability],
+    needs: Needs,
 ) -> Runner:
     if name == "onnxruntime-genai":
         return GenAIRunner(model.model, adapter=model.adapter)

@@ -1,5 +1,4 @@
-"""Standard errors. Values that come from one cluster (a prompt that occurs twice, tokens of one text) are no independent
-witnesses.
+"""Standard errors. Values of one cluster (a prompt that occurs twice, tokens of one text) are no independent witnesses.
 
     x_i     a value of a record, n of them, in clusters c
     mean    sum x_i / n,    its error   sqrt(sum_c (sum_{i in c} (x_i - mean))^2) / n     (Liang and Zeger 1986)

@@ -2,8 +2,8 @@
 
     warm-up      each side a few times, not counted
     round        one piece of work by every side, one after the other
-    enough       every side's mean is known to +- `confidence` (half its 95 % interval, as a share of it), every piece of
-                 work was done, and there were as many rounds as asked for; or the time is up, and the record says so
+    enough       every side's mean is known to +- `confidence` (half its 95 % interval, as a share of it), every piece
+                 of work was done, and there were as many rounds as asked for; or the time is up, and the record says so
 
 Times of neighbouring rounds depend on each other (another program runs, the clock slows down), so errors are those of
 blocks of rounds. The state of the machine is recorded with the figures: a load beside them explains much.
@@ -51,7 +51,7 @@ class Rounds:
         return {
             "rounds": self.rounds,
             "warmup": self.warmup,
-            "confidence_95": round(self.interval[side], 4),
+            "confidence_95": round(self.interval[side], 4) if math.isfinite(self.interval[side]) else None,
             "confidence_reached": self.narrow,
             **({"in_turn_with": others} if others else {}),
             **self.machine,
@@ -64,7 +64,7 @@ def alternate(
     timing: Timing,
     *,
     pieces: int,
-    on_round: Callable[[int], None] | None = None,
+    on_round: Callable[[float], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Rounds:
@@ -81,7 +81,7 @@ def alternate(
             samples[name].append(work(rounds % pieces))
         rounds += 1
         if on_round is not None:
-            on_round(rounds)
+            on_round(clock() - started)
         widths = {name: _width([seconds_of(one) for one in each]) for name, each in samples.items()}
         narrow = rounds >= max(timing.repeat_test_num, pieces) and max(widths.values()) <= timing.confidence
         if narrow or (rounds >= 2 and clock() - started >= timing.max_seconds):

@@ -104,9 +104,7 @@ def measure(metric: CustomMetric, bench: Bench) -> list[Measurement]:
     with _script(user.user_script, user.script_dir, name) as function:
         found = _called(function, name, str(user.user_script), arguments, dict(options or {}))
     return [
-        Measurement(
-            sub.name, value, "", True if sub.higher_is_better is None else sub.higher_is_better, n, None
-        )
+        Measurement(sub.name, value, "", True if sub.higher_is_better is None else sub.higher_is_better, n, None)
         for sub in metric.sub_types
         for value in (_number(found, sub.name, metric, name),)
     ]
