@@ -185,6 +185,7 @@ def test_prove(model: Path, tmp_path: Path) -> None:
     found = prove(Artifact.load(model), Artifact.load(other), context, tokens=300, data_config="rows")
     assert set(found) == {
         "kl", "top1_agreement", "perplexity_reference", "perplexity", "standard_error", "tokens", "reference",
+        "kl_error", "top1_error",
     }  # fmt: skip
     assert found["reference"] == "layer by layer"
     layers = [event for event in events if isinstance(event, Progress) and event.unit == "layers"]

@@ -277,3 +277,19 @@ def test_long_and_short_rows_within_the_context(kind: str, opened: dict[str, Any
     for prompt, tail, found in zip(prompts, tails, runner.following(state, range(3), tails), strict=True):
         expected = reference.logits([[*prompt, *tail]])[0][len(prompt) :]
         np.testing.assert_allclose(found, expected, atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_rows_that_end_at_different_times(kind: str, opened: dict[str, Any], tiny_phi3: Path) -> None:
+    """The longest row is done first, and the others go on in a narrower cache."""
+    reference = TorchRunner(tiny_phi3)
+    expected = [greedy(reference, prompt, 9) for prompt in PROMPTS]
+    ends = {0: 2, 3: 3, 2: 5, 1: 9}
+
+    def stop(tokens: Any) -> bool:
+        row = next(row for row, one in enumerate(expected) if list(tokens) == one[: len(tokens)])
+        return len(tokens) == ends[row]
+
+    assert len({one[0] for one in expected}) == 4, "a first token tells the rows apart"
+    found = opened[kind].generate(PROMPTS, max_new_tokens=9, stop=stop)
+    assert found == [one[: ends[row]] for row, one in enumerate(expected)]

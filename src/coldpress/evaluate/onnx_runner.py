@@ -5,7 +5,8 @@
 
 GroupQueryAttention counts the tokens of each row by the mask, so rows of different lengths share a cache; with a cache
 it takes one new token at a time, or several of one row alone (ONNX Runtime 1.32, CPU). That is why continuations
-go token by token, and why a prefix that all prompts share is worth keeping only where it is most of the prompt.
+go token by token, and why a prefix that all prompts share is worth keeping only where it is most of the prompt. A
+graph that is not for GenAI (padding on the left, or another exporter's) tells tokens from padding by their slots.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class _Past:
         return [int(count) for count in self.mask.sum(axis=1)]
 
     def rows(self, chosen: Sequence[int]) -> _Past:
-        """Some rows, no wider than the longest of them."""
-        width = max(self.lengths[row] for row in chosen)
+        """Some rows, no wider than they need."""
+        width = int(self.mask[list(chosen)].any(axis=0).nonzero()[0].max()) + 1
         if list(chosen) == list(range(len(self.mask))) and width == self.mask.shape[1]:
             return self
         caches = {name: _ort_value(one.numpy()[list(chosen), :, :width]) for name, one in self.caches.items()}
@@ -128,6 +129,8 @@ class OnnxRunner:
         if adapter is not None:
             self._take(folder / f"{ADAPTER_FILE}{FORMATS['onnx_adapter']}", adapter)
         self._prompt_graph = _prompt_graph(folder, genai)
+        self._by_slots = not (folder / "genai_config.json").is_file()
+        """A cache by slots keeps padding between a row's tokens; one for GenAI puts a token behind the row's last."""
         self._sessions: dict[Path, Any] = {}
         self._complete: dict[Path, Path] = {}
         """Graph -> the one that yields all logits of it."""
@@ -332,6 +335,8 @@ class OnnxRunner:
         import numpy as np
 
         mask = np.concatenate([past.mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+        if not self._by_slots:
+            mask = (np.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True)).astype(np.int64)
         out, now = self._run(self._decoding, self._feeds_after(past, [[token] for token in tokens], mask), mask)
         return out[:, -1], now
 

@@ -25,7 +25,8 @@ __all__ = ["BLOCK", "Rounds", "alternate", "blocks", "machine_state"]
 
 BLOCK = 5
 """Rounds whose times count as one witness."""
-_NORMAL_95 = 1.96
+_STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Half a 95 % interval in standard errors, for 1 to 10 degrees of freedom: two blocks say little of their spread."""
 
 T = TypeVar("T")
 
@@ -102,7 +103,9 @@ def _width(seconds: Sequence[float]) -> float:
     if len(seconds) < 2 * BLOCK:
         return math.inf
     mean, error = mean_error(seconds, blocks(len(seconds)))
-    return _NORMAL_95 * error / mean
+    freedom = len(seconds) // BLOCK - 1
+    factor = _STUDENT_95[freedom - 1] if freedom <= len(_STUDENT_95) else 1.96 + 2.5 / freedom
+    return factor * math.sqrt((freedom + 1) / freedom) * error / mean
 
 
 def machine_state() -> dict[str, Any]:
