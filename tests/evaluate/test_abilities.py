@@ -66,7 +66,7 @@ def test_logits_of_given_tokens(kind: str, opened: dict[str, Any], expected: lis
 
 
 @pytest.mark.parametrize("shared", [0, 3])
-@pytest.mark.parametrize("kind", KINDS[:4])
+@pytest.mark.parametrize("kind", KINDS)
 def test_going_on_from_prompts_of_any_length(
     kind: str, shared: int, opened: dict[str, Any], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +266,7 @@ def test_runners_stay_open_while_they_fit(models: dict[str, Artifact]) -> None:
     assert other.model is None
 
 
-@pytest.mark.parametrize("kind", KINDS[:4])
+@pytest.mark.parametrize("kind", KINDS)
 def test_long_and_short_rows_within_the_context(kind: str, opened: dict[str, Any], tiny_phi3: Path) -> None:
     """The context is 128: a row of 120 and one that goes on for 100 tokens cannot stand side by side."""
     rng = np.random.default_rng(0)

@@ -30,7 +30,7 @@ from coldpress.units import duration, quantity, size, spread
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["JsonLines", "PlainLines", "Terminal", "sink_for"]
+__all__ = ["JsonLines", "PlainLines", "Quiet", "Terminal", "sink_for"]
 
 _BAR_FROM = 56
 """Columns that a terminal must have for a bar to leave room for the rest."""
@@ -50,6 +50,18 @@ class JsonLines:
 
     def __call__(self, event: Event) -> None:
         _echo(event_to_json(event))
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+
+class Quiet:
+    """Warnings alone, on standard error: standard output is for the result."""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Message) and event.level == "warning":
+            where = f"{event.step}: " if event.step else ""
+            click.echo(f"{click.style('warning', fg='yellow')} {where}{event.text}", err=True)
 
     def close(self) -> None:
         """Nothing to put away."""

@@ -26,6 +26,7 @@ _VERBS = {
     "data": ("coldpress.cli.data", "Show prepared samples: text, token ids, which tokens carry loss."),
     "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records (LoRA or QLoRA)."),
     "build": ("coldpress.cli.verbs", "Build an ONNX model for ONNX Runtime GenAI."),
+    "eval": ("coldpress.cli.evaluate", "Measure a model, or two side by side: quality, speed, memory, size."),
     "convert-adapters": ("coldpress.cli.adapters", "A PEFT adapter to a file for an ONNX model with LoRA inputs."),
     "generate": ("coldpress.cli.talk", "Let a model continue a prompt."),
     "chat": ("coldpress.cli.talk", "Talk to a model."),

@@ -211,7 +211,8 @@ class _Sums:
     def result(self) -> Comparison:
         n = self.tokens
         # A candidate that yields NaN must not pass a limit, and NaN is neither above nor below one.
-        kl = self.kl / n if math.isfinite(self.kl) else math.inf
+        # The sum of equal distributions may end a rounding below 0.
+        kl = max(self.kl / n, 0.0) if math.isfinite(self.kl) else math.inf
         mean = (self.loss_q - self.loss_p) / n
         clusters = sum((total - count * mean) ** 2 for total, count in self._growth.values())
         error = math.sqrt(clusters) / n if math.isfinite(clusters) else 0.0

@@ -1,14 +1,16 @@
 """ONNX Runtime GenAI: models as its users run them, with its own cache and its own choice of graphs.
 
-Given tokens go through in one call a batch, padded on the right. A batch may be fed only once, and a graph whose head
-is pruned yields the last token's logits alone, so labels are better scored by plain ONNX Runtime; generation is what
-this runner is for. Its tokenizer is not used: it adds no BOS where the checkpoint's does.
+Given tokens go through in one call a batch, padded on the right. A batch may be fed only once, so prompts that are
+continued have a generator each, which is wound back afterwards (a model with a graph of its own for prompts cannot be).
+A graph whose head is pruned yields the last token's logits alone: plain ONNX Runtime scores labels with it. The
+tokenizer of GenAI is not used: it adds no BOS where the checkpoint's does.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,18 @@ if TYPE_CHECKING:
     Logits = npt.NDArray[np.float32]
 
 __all__ = ["GenAIRunner"]
+
+
+_ROOM = 32
+"""Tokens that may follow a prompt in its own generator, whose cache is that much longer."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt that was run."""
+
+    ids: tuple[int, ...]
+    generator: Any
 
 
 class GenAIRunner:
@@ -56,6 +70,7 @@ class GenAIRunner:
         except RuntimeError as error:
             raise CheckpointError(f"ONNX Runtime GenAI cannot load {folder}: {error}") from error
         self._all_logits = self._yields_all_logits()
+        self.continues = self._all_logits and "pipeline" not in config.get("decoder", {})
 
     @property
     def abilities(self) -> frozenset[Ability]:
@@ -109,6 +124,38 @@ class GenAIRunner:
         except RuntimeError as error:
             raise self._failed(error) from error
         return generator
+
+    def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[list[_Prompt], Logits]:
+        import numpy as np
+
+        state, scores = [], []
+        for ids in prompts:
+            room = len(ids) + _ROOM
+            generator = self._generator(1, room if self.context_length is None else min(room, self.context_length))
+            try:
+                generator.append_tokens(np.asarray(ids, np.int32))
+                scores.append(np.array(generator.get_output("logits"))[0, -1].astype(np.float32))
+            except RuntimeError as error:
+                raise self._failed(error) from error
+            state.append(_Prompt(tuple(ids), generator))
+        return state, np.stack(scores)
+
+    def following(self, state: Sequence[_Prompt], rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
+        import numpy as np
+
+        found: list[Logits] = []
+        for row, new in zip(rows, tokens, strict=True):
+            prompt = state[row]
+            if len(new) > _ROOM:
+                found.append(self.logits([[*prompt.ids, *new]])[0][len(prompt.ids) :])
+                continue
+            try:
+                prompt.generator.append_tokens(np.asarray(new, np.int32))
+                found.append(np.array(prompt.generator.get_output("logits"))[0].astype(np.float32))
+                prompt.generator.rewind_to(len(prompt.ids))
+            except RuntimeError as error:
+                raise self._failed(error) from error
+        return found
 
     def forward(self, batch: Sequence[Sequence[int]]) -> None:
         """Run prompts as before a generation."""

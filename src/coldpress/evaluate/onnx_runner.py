@@ -36,6 +36,8 @@ EVALUATION_GRAPH = "coldpress.evaluation_graph"
 """Metadata of a graph whose logits are of the last position only: the file beside it that yields them all."""
 _QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Of the products that ONNX Runtime makes of DequantizeLinear and MatMul, where genai_config.json sets it."""
+_SPINNING = "session.intra_op.allow_spinning"
+"""Whether threads wait busily; beside other work that is slow, so the builder turns it off but for one profile."""
 _PREFIX_SHARE = 2.0
 """Prompts run one by one after their shared prefix only where it is so many times as long as the rest."""
 
@@ -122,8 +124,8 @@ class OnnxRunner:
         if not self._graph.is_file():
             raise CheckpointError(f"{self._graph} is missing", hint="is the model complete?")
         self._provider, self._threads = execution_provider, threads
-        level = decoder.get("session_options", {}).get(_QDQ_LEVEL)
-        self._entries = {} if level is None else {_QDQ_LEVEL: str(level)}
+        settings = decoder.get("session_options", {})
+        self._entries = {key: str(settings[key]) for key in (_QDQ_LEVEL, _SPINNING) if key in settings}
         self._lora: dict[str, Any] = {}
         self._options: Any = None
         if adapter is not None:
@@ -347,23 +349,20 @@ class OnnxRunner:
         found: list[Any] = [None] * len(tokens)
         for group in self._side_by_side([lengths[row] for row in rows], [len(one) for one in tokens]):
             past = state.rows([rows[place] for place in group])
-            longest = max(len(tokens[place]) for place in group)
             scores = []
-            for number in range(longest):
-                # A row that is done goes on with its last token; what comes of it is not looked at.
-                new = [tokens[place][min(number, len(tokens[place]) - 1)] for place in group]
-                now, past = self._step(past, new)
+            for number in range(len(tokens[group[0]])):
+                now, past = self._step(past, [tokens[place][number] for place in group])
                 scores.append(now)
             for row, place in enumerate(group):
-                found[place] = np.stack([one[row] for one in scores[: len(tokens[place])]])
+                found[place] = np.stack([one[row] for one in scores])
         return found
 
     def _side_by_side(self, lengths: Sequence[int], news: Sequence[int]) -> Iterator[list[int]]:
-        """Rows in groups: the longest of a group and its most new tokens stay within the context together."""
+        """Rows with as many new tokens, in groups whose longest row has room for them within the context."""
         group: list[int] = []
-        for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-            most = max(news[one] for one in (*group, place))
-            if group and self.context_length is not None and lengths[place] + most > self.context_length:
+        for place in sorted(range(len(lengths)), key=lambda place: (news[place], lengths[place])):
+            full = self.context_length is not None and lengths[place] + news[place] > self.context_length
+            if group and (news[place] != news[group[0]] or full):
                 yield group
                 group = []
             group.append(place)
