@@ -20,9 +20,10 @@ from side_by_side import machine
 from coldpress.artifacts.base import Artifact
 from coldpress.config.schema import Accelerator
 from coldpress.data.tokenizer import Tokenizer
+from coldpress.evaluate.divergence import compare
 from coldpress.evaluate.runners import open_runner
+from coldpress.evaluate.texts import SEQUENCE_TOKENS, text_sequences
 from coldpress.hardware import detect
-from coldpress.parity import SEQUENCE_TOKENS, compare, parity_sequences
 from coldpress.passes.base import Context
 from coldpress.passes.model_builder import ModelBuilder, ModelBuilderConfig
 
@@ -39,7 +40,7 @@ SETS: Mapping[str, list[dict[str, Any]]] = {
 
 def sequences_of(tokenizer: Tokenizer, text: Path | None, field: str, tokens: int) -> list[list[int]]:
     if text is None:
-        return parity_sequences(tokenizer, tokens=tokens)
+        return text_sequences(tokenizer, tokens=tokens)
     found, count = [], 0
     for line in text.read_text(encoding="utf-8").splitlines():
         ids = list(tokenizer.ids(json.loads(line)[field]))[:SEQUENCE_TOKENS]

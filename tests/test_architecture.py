@@ -14,9 +14,9 @@ import coldpress
 SOURCE = Path(coldpress.__file__).parent
 FLOORS = (
     {"errors"},
-    {"digest", "events", "registry", "hardware", "units"},
+    {"digest", "events", "registry", "hardware", "scores", "units"},
     {"kernels", "config", "record"},
-    {"artifacts", "summary"},
+    {"artifacts", "goals", "summary"},
     {"data", "model_card", "report"},
     {"nn", "graph"},
     {"passes", "evaluate"},

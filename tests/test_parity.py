@@ -16,10 +16,12 @@ from coldpress.artifacts.base import Artifact
 from coldpress.artifacts.tensors import TensorSet, write_safetensors
 from coldpress.config.schema import Accelerator, DataConfig, LoadDataset, PreProcess
 from coldpress.data.tokenizer import Tokenizer
+from coldpress.evaluate.divergence import compare
 from coldpress.evaluate.runners import LayerwiseRunner, TorchRunner
+from coldpress.evaluate.texts import text_sequences
 from coldpress.events import Event, Message, Progress
 from coldpress.hardware import detect
-from coldpress.parity import compare, parity_sequences, prove
+from coldpress.parity import prove
 from coldpress.passes.base import Context
 from coldpress.passes.merge_adapter_weights import MERGE_LIMITS
 from fakes.tiny_models import make_checkpoint, make_tokenizer
@@ -155,10 +157,10 @@ def rows(path: Path, count: int) -> DataConfig:
 
 def test_text_of_the_data_comes_first_and_is_filled_up(tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = rows(tmp_path / "rows.jsonl", 20)
-    some = parity_sequences(tokenizer, tokens=100, data=data)
+    some = text_sequences(tokenizer, tokens=100, data=data)
     assert 100 <= sum(len(one) - 1 for one in some) < 100 + 16
     assert tokenizer.decode(some[0]) == "<s>row number 000</s>"
-    more = parity_sequences(tokenizer, tokens=2000, data=data)
+    more = text_sequences(tokenizer, tokens=2000, data=data)
     assert [one for one in more[:20] if "row number" in tokenizer.decode(one)] == more[:20]
     assert 2000 <= sum(len(one) - 1 for one in more) < 2000 + 256
     assert max(map(len, more)) <= 256
@@ -169,7 +171,7 @@ def test_only_held_out_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     data = rows(tmp_path / "rows.jsonl", 40)
     trained = prepare(data, tokenizer, held_out=0.25, seed=7).train.sequences
-    found = parity_sequences(tokenizer, tokens=150, data=data, held_out={"size": 0.25, "seed": 7})
+    found = text_sequences(tokenizer, tokens=150, data=data, held_out={"size": 0.25, "seed": 7})
     assert len(found) == 10
     assert not {tuple(one) for one in found} & {tuple(one.ids) for one in trained}
 
@@ -183,6 +185,7 @@ def test_prove(model: Path, tmp_path: Path) -> None:
     found = prove(Artifact.load(model), Artifact.load(other), context, tokens=300, data_config="rows")
     assert set(found) == {
         "kl", "top1_agreement", "perplexity_reference", "perplexity", "standard_error", "tokens", "reference",
+        "kl_error", "top1_error",
     }  # fmt: skip
     assert found["reference"] == "layer by layer"
     layers = [event for event in events if isinstance(event, Progress) and event.unit == "layers"]

@@ -22,7 +22,7 @@ from coldpress.artifacts.adapter_inputs import (
 from coldpress.artifacts.base import Artifact, read_json
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import CheckpointError, ColdpressError, MissingExtraError, UsageError
-from coldpress.evaluate.runners import TorchRunner
+from coldpress.evaluate.torch_runner import TorchRunner
 
 __all__ = ["Generator", "Sampling", "open_generator"]
 

@@ -106,6 +106,7 @@ class ParityMeasured:
 @dataclass(frozen=True)
 class ScoreMeasured:
     model: str
+    """`input`, or the name of the step whose result was measured."""
     metric: str
     value: float
     standard_error: float | None
@@ -115,6 +116,19 @@ class ScoreMeasured:
     cached: bool = False
     unit: str = ""
     """share, bytes, ms ...; empty for a bare number."""
+    sub_type: str = ""
+    higher_is_better: bool = True
+    goal: str | None = None
+    """What the config asks of it, in its words."""
+    goal_bound: float | None = None
+    """What that comes to, in the unit of the score."""
+    goal_met: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """As people call it: the metric, and the sub type where that says more."""
+        plain = self.sub_type in ("", self.metric, "accuracy_score")
+        return self.metric if plain else f"{self.metric}: {self.sub_type}"
 
 
 @dataclass(frozen=True)

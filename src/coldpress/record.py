@@ -262,6 +262,10 @@ class GoalRecord(_Part):
     """What the score must reach, in its own unit."""
     met: bool
     """Whether it did."""
+    margin: float = 0.0
+    """By how much, in its own unit; what lacks is negative."""
+    sure: bool = True
+    """Whether the margin is more than two standard errors away from nothing."""
 
 
 class ScoreRecord(_Part):
@@ -285,6 +289,10 @@ class ScoreRecord(_Part):
     """Null where there is nothing to estimate it from."""
     goal: GoalRecord | None = None
     """What the config asked of it."""
+    priority: int = -1
+    """Rank in a search; 1 is the first."""
+    details: Mapping[str, Any] = Field(default_factory=dict)
+    """How it was measured: repeats, confidence, load of the machine, runner ..."""
     cached: bool = False
     """Whether it was measured before this run."""
 

@@ -632,32 +632,6 @@ def test_a_name_given_twice(local: Any, problems_of: Problems) -> None:
     assert "given twice: here and as data_configs.0.pre_process_data_config.params.text_cols" in problem.message
 
 
-def test_metric_leftovers(today: Any, load: Load, problems_of: Problems) -> None:
-    metric = at(today, "evaluators.tones.metrics.0")
-    metric["backend"] = "torch_metrics"
-    metric["sub_types"][0]["goal"] = {"type": "max-degradation", "value": 0.1}
-    metric["sub_types"][0]["metric_config"] = {"task": "multiclass"}
-    metric["user_config"] = {"batch_size": 4, "dataloader_func": None}
-    config = load(today)
-    assert config.workflow.evaluators["tones"].metrics[0].batch_size == 4
-    assert {warning.path.rpartition(".")[2] for warning in config.warnings} == {"goal", "metric_config"}
-    metric["user_config"] = {"data_dir": "d", "dataloader_func": "f", "post_processing_func": "g"}
-    assert {problem.path.rpartition(".")[2] for problem in problems_of(today)} == set(metric["user_config"])
-
-
-@pytest.mark.parametrize("kind", ["latency", "throughput", "size_on_disk", "custom"])
-def test_metrics_we_lack_are_refused_by_name(today: Any, problems_of: Problems, kind: str) -> None:
-    at(today, "evaluators.tones.metrics.0")["type"] = kind
-    (problem,) = problems_of(today)
-    assert problem.message == f"{kind} is an Olive metric that Coldpress does not have yet"
-
-
-@pytest.mark.parametrize("kind", ["LMEvaluator", "OnnxEvaluator", "MTEBEvaluator"])
-def test_evaluators_we_lack(today: Any, problems_of: Problems, kind: str) -> None:
-    today["evaluators"]["tones"]["type"] = kind
-    assert problems_of(today)[0].path == "evaluators.tones.type"
-
-
 @pytest.mark.parametrize(
     ("key", "value", "path"),
     [

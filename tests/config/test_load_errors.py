@@ -138,7 +138,7 @@ def test_misspelt_key_of_an_old_dialect(local: Any, problems_of: Problems, path:
         ("data_configs.0.pre_process_data_config.chat_template", 7, "must be true or false or a text, got 7"),
         ("data_configs.0.pre_process_data_config.pad_to_max_len", 1, "must be true or false, got 1"),
         ("evaluators.tones.metrics", [], "must not be empty"),
-        ("evaluators.tones.metrics.0.type", "accurcy", "must be accuracy, got 'accurcy'"),
+        ("evaluators.tones.metrics.0.type", "accurcy", "there is no type of metric called 'accurcy'"),
         ("passes", [], "must be a mapping of names to passes"),
         ("passes.ft", 3, "must be a mapping with the key type"),
         ("passes.ft", [], "must be a mapping with the key type"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.nn import imports
 
-__all__ = ["VOCABULARY", "make_checkpoint", "make_encoder", "make_tokenizer"]
+__all__ = ["VOCABULARY", "export_encoder", "make_bert", "make_checkpoint", "make_encoder", "make_tokenizer"]
 
 VOCABULARY = 260
 """256 bytes and 4 special tokens."""
@@ -102,4 +102,64 @@ def make_encoder(folder: Path, *, family: str = "bert", form: str = "AutoModel",
     record.update({"cls_token": "<s>", "sep_token": "</s>"})
     del record["eos_token"], record["chat_template"]
     path.write_text(json.dumps(record))
+    return folder
+
+
+def make_bert(folder: Path, *, labels: tuple[str, ...] = (), seed: int = 0) -> Path:
+    """A two-layer BERT with hidden size 32, with a classification head where labels are given, and its tokenizer."""
+    imports.load_training()
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config) if labels else BertModel(config)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def export_encoder(checkpoint: Path, folder: Path) -> Path:
+    """The same encoder as a graph of its own, by torch's exporter, with config and tokenizer beside it."""
+    import shutil
+
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    classifies = "ForSequenceClassification" in (checkpoint / "config.json").read_text()
+    kind = AutoModelForSequenceClassification if classifies else AutoModel
+    model = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    output = "logits" if classifies else "last_hidden_state"
+
+    class Named(torch.nn.Module):
+        """Inputs by position, one output: what the exporter can follow."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any, types: Any) -> Any:
+            return self.model(input_ids=ids, attention_mask=mask, token_type_ids=types)[output]
+
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    ids = torch.ones((2, 5), dtype=torch.int64)
+    dynamic = {0: "rows", 1: "tokens"}
+    torch.onnx.export(
+        Named(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(folder / "model.onnx"), dynamo=False,
+        input_names=["input_ids", "attention_mask", "token_type_ids"],
+        output_names=[output],
+        dynamic_axes=dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), dynamic),
+    )  # fmt: skip
     return folder

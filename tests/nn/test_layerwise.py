@@ -91,7 +91,7 @@ def test_equals_the_whole_model(family: str, tmp_path: Path) -> None:
 
 def test_the_head_is_cut_and_weights_are_read_again(tiny_phi3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coldpress.nn.layerwise.HEAD_BYTES", 4 * 64 * 33)
-    monkeypatch.setattr("coldpress.evaluate.runners.STATES_BYTES", 4 * 64 * 64 * 2)
+    monkeypatch.setattr("coldpress.evaluate.torch_runner.STATES_BYTES", 4 * 64 * 64 * 2)
     calls: list[tuple[int, int]] = []
     runner = LayerwiseRunner(tiny_phi3, on_block=lambda done, blocks: calls.append((done, blocks)))
     assert difference(runner, TorchRunner(tiny_phi3), VOCABULARY) < 1e-4

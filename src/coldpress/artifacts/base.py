@@ -183,6 +183,8 @@ class Artifact:
                 )
             tokenizer = path if _has_tokenizer(path) else None
             return cls(path, "checkpoint", base, adapter=path, tokenizer=tokenizer, task=_task_of(record))
+        if any(path.glob("*.onnx")) and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            return cls(path, "onnx", path)
         if (path / "config.json").is_file():
             return cls(path, "checkpoint", path)
         what = "is not there" if not path.exists() else "has neither config.json nor genai_config.json"

@@ -31,7 +31,7 @@ from coldpress.units import duration, quantity, size, spread
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["JsonLines", "PlainLines", "Terminal", "sink_for"]
+__all__ = ["JsonLines", "PlainLines", "Quiet", "Terminal", "sink_for"]
 
 _BAR_FROM = 56
 """Columns that a terminal must have for a bar to leave room for the rest."""
@@ -51,6 +51,18 @@ class JsonLines:
 
     def __call__(self, event: Event) -> None:
         _echo(event_to_json(event))
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+
+class Quiet:
+    """Warnings alone, on standard error: standard output is for the result."""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Message) and event.level == "warning":
+            where = f"{event.step}: " if event.step else ""
+            click.echo(f"{click.style('warning', fg='yellow')} {where}{event.text}", err=True)
 
     def close(self) -> None:
         """Nothing to put away."""
@@ -196,10 +208,8 @@ def _text(event: Event, width: int) -> str | None:
         )
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""
-        return (
-            f"{event.model:{width}s}  {event.metric} {quantity(event.value, event.unit)} "
-            f"{spread(event.standard_error, event.unit)} (n = {event.n:,}){cached}"
-        )
+        value = f"{quantity(event.value, event.unit)} {spread(event.standard_error, event.unit)}".rstrip()
+        return f"{event.model:{width}s}  {event.name} {value} (n {event.n:,}){_goal(event)}{cached}"
     if isinstance(event, Message):
         if event.level == "debug":
             return None
@@ -214,3 +224,12 @@ def _text(event: Event, width: int) -> str | None:
 
         return "\n".join(["", *ending(Path(event.record))])
     return None
+
+
+def _goal(event: ScoreMeasured) -> str:
+    """What was asked of a score, and whether it is so."""
+    if event.goal is None:
+        return ""
+    sign = click.style("met", fg="green") if event.goal_met else click.style("NOT MET", fg="red", bold=True)
+    bound = "" if event.goal_bound is None else f" ({quantity(event.goal_bound, event.unit)})"
+    return f"  goal {event.goal}{bound} {sign}"

@@ -26,6 +26,7 @@ _VERBS = {
     "data": ("coldpress.cli.data", "Show prepared samples: text, token ids, which tokens carry loss."),
     "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records (LoRA or QLoRA)."),
     "build": ("coldpress.cli.verbs", "Build an ONNX model for ONNX Runtime GenAI."),
+    "eval": ("coldpress.cli.evaluate", "Measure a model, or two side by side: quality, speed, memory, size."),
     "convert-adapters": ("coldpress.cli.adapters", "A PEFT adapter to a file for an ONNX model with LoRA inputs."),
     "report": ("coldpress.cli.report", "The report of a run made again, or several runs side by side."),
     "generate": ("coldpress.cli.talk", "Let a model continue a prompt."),
@@ -69,7 +70,7 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a step failed, 2 config or command is wrong, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a step failed, 2 config or command wrong, 3 goals missed, 130 interrupted."""
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run())

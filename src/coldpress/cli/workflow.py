@@ -13,6 +13,7 @@ from coldpress.cli.text import table
 from coldpress.config.load import LoadedConfig
 from coldpress.errors import ColdpressError, UsageError
 from coldpress.events import RunFailed
+from coldpress.goals import UNMET_EXIT_CODE
 from coldpress.units import duration, size
 
 __all__ = ["check", "load", "plan", "run", "run_and_show", "say_dialect"]
@@ -73,33 +74,37 @@ def say_dialect(loaded: LoadedConfig, echo: Any = click.echo) -> None:
 @click.option("--quiet-dialect", is_flag=True, help="Do not list the rewrites of an older dialect.")
 def run(
     config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool
-) -> None:
+) -> int:
     """Run a workflow to its end. Finished steps are cached: a rerun does only what is missing."""
     if log_format != "json":
         loaded = load(config, arguments)
         if not quiet_dialect:
             say_dialect(loaded)
-        run_and_show(loaded, trust_remote_code, log_format)
-        return
+        return run_and_show(loaded, trust_remote_code, log_format)
     from coldpress.cli.display import JsonLines
 
     try:
-        run_and_show(load(config, arguments), trust_remote_code, log_format)
+        return run_and_show(load(config, arguments), trust_remote_code, log_format)
     except ColdpressError as error:
         JsonLines()(RunFailed(type(error).__name__, error.message, error.hint, error.exit_code))
         raise
 
 
-def run_and_show(loaded: LoadedConfig, trust_remote_code: bool, log_format: str) -> None:
-    """Run a workflow with its progress on the terminal."""
+def run_and_show(loaded: LoadedConfig, trust_remote_code: bool, log_format: str) -> int:
+    """Run a workflow with its progress on the terminal; the exit code is 3 where the result misses a goal."""
     from coldpress.api import run as run_workflow
     from coldpress.cli.display import sink_for
 
     sink = sink_for(log_format)
     try:
-        run_workflow(loaded, sinks=[sink], trust_remote_code=trust_remote_code)
+        result = run_workflow(loaded, sinks=[sink], trust_remote_code=trust_remote_code)
     finally:
         sink.close()
+    if not result.unmet:
+        return 0
+    names = ", ".join(f"{one.metric} {one.sub_type}" for one in result.unmet)
+    click.echo(click.style(f"done, but these goals are not met: {names}", fg="red"), err=True)
+    return UNMET_EXIT_CODE
 
 
 @click.command()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
-from coldpress.config import rules_data, rules_model, rules_passes, rules_workflow
+from coldpress.config import rules_data, rules_metrics, rules_model, rules_passes, rules_workflow
 from coldpress.config.defaults import write_defaults
 from coldpress.config.rewriting import Rewrite, Rewriting, Rule, Version
 from coldpress.config.tree import Node, problem_at
@@ -28,7 +28,7 @@ _TODAY: Version = (99,)
 _SHOWN = 5
 """Clashing keys that a message lists."""
 
-_RULES = (*rules_workflow.RULES, *rules_model.RULES, *rules_data.RULES, *rules_passes.RULES)
+_RULES = (*rules_workflow.RULES, *rules_model.RULES, *rules_data.RULES, *rules_metrics.RULES, *rules_passes.RULES)
 
 
 def _by_level() -> dict[str, list[Rule]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from coldpress.config.metrics import METRIC_TYPES, SubType
 from coldpress.config.schema import (
     Accelerator,
     AzureMLSystem,
@@ -18,9 +19,7 @@ from coldpress.config.schema import (
     InputModel,
     LoadDataset,
     LoadKwargs,
-    Metric,
     PreProcess,
-    SubType,
     Workflow,
 )
 
@@ -36,7 +35,6 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
     ("data_configs", "*", "load_dataset_config"): LoadDataset,
     ("data_configs", "*", "pre_process_data_config"): PreProcess,
     ("evaluators", "*"): Evaluator,
-    ("evaluators", "*", "metrics", "*"): Metric,
     ("evaluators", "*", "metrics", "*", "sub_types", "*"): SubType,
 }
 """Where the order of keys is that of a type; `*` is a name or a number."""
@@ -68,6 +66,9 @@ def _order(
 ) -> Sequence[str] | None:
     if where in _MODELS:
         return list(_MODELS[where].model_fields)
+    if where == ("evaluators", "*", "metrics", "*"):
+        metric = METRIC_TYPES.get(value.get("type", ""))
+        return None if metric is None else list(metric.model_fields)
     if where == ("passes", "*"):
         model = passes.get(value.get("type", ""))
         return ["type", *(model.model_fields if model else ()), "host", "evaluator", "parity"]

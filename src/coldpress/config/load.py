@@ -28,7 +28,7 @@ from coldpress.config.tree import Node, drop_comments, from_plain, plain, proble
 from coldpress.errors import ConfigError, Problem
 from coldpress.registry import nearest
 
-__all__ = ["LoadedConfig", "load_config"]
+__all__ = ["LoadedConfig", "load_config", "read_document"]
 
 _ORDER = tuple(Workflow.model_fields)
 _NAME = re.compile(r"^[A-Za-z0-9_]+$")
@@ -133,6 +133,20 @@ def _in_order(problems: Sequence[Problem], file: str) -> tuple[Problem, ...]:
     for item in named:  # an anchor and its aliases stand at one place
         unique.setdefault((item.file, item.line or item.path, item.column, item.message), item)
     return tuple(sorted(unique.values(), key=lambda item: (item.line is None, item.line or 0, item.column or 0)))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file as it stands, without any rule; raises ConfigError."""
+    try:
+        root, problems = _read(path)
+        if root.mapping is None:
+            raise ConfigError([Problem("must be a mapping of keys to values", line=root.line)])
+        if problems:
+            raise ConfigError(problems)
+    except ConfigError as error:
+        raise ConfigError(_in_order(error.problems, str(path))) from error.__cause__
+    document: dict[str, Any] = plain(root)
+    return document
 
 
 def _read(path: Path) -> tuple[Node, list[Problem]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 
+from coldpress.config.metric_meaning import check_metrics
 from coldpress.config.schema import PreProcess
 from coldpress.config.tree import Node, problem_at
 from coldpress.errors import Problem
@@ -21,40 +22,7 @@ def check_meaning(root: Node) -> list[Problem]:
             problems += _strategy(block)
             problems += _text(block)
             problems += _padding(block)
-    return problems + _answers(root)
-
-
-def _answers(root: Node) -> list[Problem]:
-    """Metrics in use that score a data config without an answer: one problem for each data config."""
-    data = root.get("data_configs")
-    by_name = {config.text("name"): config for config in (data.items if data is not None else None) or []}
-    problems: dict[str, Problem] = {}
-    for metric in _metrics_in_use(root):
-        name = metric.text("data_config")
-        inline = metric.get("data_config")
-        config = by_name.get(name) if name is not None else inline
-        if config is None or config.mapping is None or config.damaged or metric.text("type") != "accuracy":
-            continue
-        block = config.get("pre_process_data_config")
-        if block is None or block.mapping is None:
-            answered = block is not None and block.value is not None  # of a wrong type, which is told elsewhere
-        else:
-            answered = block.damaged or _value(block, "label_col") is not None or bool(_value(block, "chat_template"))
-        if not answered:
-            said = f"the data config {name}" if name else "this data config"
-            message = f"{said} names no answer, so accuracy has nothing to compare with"
-            hint = f"add label_col, the answer's column, to pre_process_data_config of {name or 'this data config'}"
-            problems.setdefault(config.path, problem_at(inline or metric, message, hint=hint))
-    return list(problems.values())
-
-
-def _metrics_in_use(root: Node) -> list[Node]:
-    """Metrics of the evaluators that the workflow or one of its passes names."""
-    passes = root.get("passes")
-    users = [root, *(passes.mapping.values() if passes is not None and passes.mapping is not None else ())]
-    named = dict.fromkeys(name for user in users if (name := user.text("evaluator")) is not None)
-    blocks = [root.get("evaluators", name, "metrics") for name in named]
-    return [metric for block in blocks for metric in (block.items if block is not None else None) or []]
+    return problems + check_metrics(root)
 
 
 def _value(block: Node, key: str) -> object:

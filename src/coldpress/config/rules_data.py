@@ -1,4 +1,4 @@
-"""Dialect rules for `data_configs` and `evaluators`."""
+"""Dialect rules for `data_configs`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ V06: Version = (0, 6)
 _CONTAINERS = (
     "DataContainer", "DummyDataContainer", "TransformersDummyDataContainer", "TransformersPromptDummyDataContainer",
     "TransformersTokenDummyDataContainer", "RawDataContainer", "ImageDataContainer",
-)  # fmt: skip
-_METRICS = ("latency", "throughput", "size_on_disk", "custom")
-_SUB_TYPES = (
-    "f1_score", "precision", "recall", "auroc", "perplexity", "wer", "rtfx", "exact_match", "relaxed_accuracy",
-    "word_sort_ratio", "avg", "max", "min", "p50", "p75", "p90", "p95", "p99", "p999", "bytes",
 )  # fmt: skip
 _TASKS = ("text-generation", "text-generation-with-past")
 
@@ -246,43 +241,6 @@ def hoist_data_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     rw.told(f"inline.{rule.key}", node, f"data_configs.{len(data.items) - 1}, named {name}")
 
 
-def _metric_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.members["type"]
-    lowered = str(node.value).lower()
-    if lowered == "accuracy":
-        node.value = "accuracy"
-    elif lowered in _METRICS:
-        rw.refuse(parent, "type", f"{lowered} is an Olive metric that Coldpress does not have yet", "nearest: accuracy")
-
-
-def _sub_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    node = parent.members["name"]
-    if node.value in _SUB_TYPES:
-        message = f"{node.value} is a number of Olive's that Coldpress does not measure yet"
-        rw.refuse(parent, "name", message, "nearest: accuracy_score")
-
-
-def _user_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    """Of what stood here only the batch size and the data had a meaning for text; both have their own keys."""
-    node = parent.members["user_config"]
-    if node.mapping is None:
-        rw.drop(parent, "user_config", "empty", rule=rule.name)
-        return
-    for key in list(node.mapping):
-        child = node.mapping[key]
-        if key in ("batch_size", "data_config"):
-            if rw.move(node, key, parent, key):
-                rw.told(f"user_config.{key}", child, join_path(at, key))
-        elif child.value in (None, False):
-            node.mapping.pop(key)
-        else:
-            hint = "name a data config in data_config; its label_col holds the answer"
-            rw.refuse(node, key, "metrics made by a Python script are not run", hint)
-    if node.damaged:
-        parent.damaged = True
-    del parent.members["user_config"]
-
-
 _OPTIONAL = (
     "strategy", "corpus_strategy", "max_seq_len", "pad_to_max_len", "padding_side", "message_col",
     "format", "assistant_turns",
@@ -293,15 +251,10 @@ _SCRIPT = Refuse("Python given by a config is not run", "use text_template, text
 _PAIR = Refuse("data sets of pairs are gone since Olive 0.7", "use text_template, label_col and completion_only_loss")
 _TOKEN = Drop("the token comes from the environment, HF_TOKEN")
 _OWN = "the tokenizer and the task are the model's own"
-_SEARCH = "it has no effect without a search, which is not built yet"
 
 
 def _null(node: Node) -> bool:
     return node.value is None
-
-
-def _inline(node: Node) -> bool:
-    return node.mapping is not None
 
 
 RULES: tuple[Rule, ...] = (
@@ -347,20 +300,4 @@ RULES: tuple[Rule, ...] = (
     Rule("pre_process", "task", Refuse("the one task we have is text-generation")),
     Rule("pre_process", "joiner", Custom(_nothing), None, _null),
     Rule("pre_process", "chat_template", Custom(_nothing), None, _null),
-    Rule("evaluator", "type", Refuse("Olive's other evaluators are not built yet", "remove it")),
-    Rule("evaluator", "name", Drop("its key names it")),
-    Rule("evaluator", "user_script", Refuse("Python given by a config is not run", "use a metric of type accuracy")),
-    Rule("evaluator", "script_dir", Refuse("Python given by a config is not run", "use a metric of type accuracy")),
-    Rule("metric", "type", Custom(_metric_type)),
-    Rule("metric", "backend", Drop("there is one backend"), None, lambda n: n.value in (None, "torch_metrics")),
-    Rule("metric", "backend", Refuse("metrics of the evaluate library are not built yet", "nearest: accuracy")),
-    Rule("metric", "user_config", Custom(_user_config)),
-    Rule("metric", "data_config", Custom(hoist_data_config), None, _inline),
-    Rule("metric", "priority", Drop(_SEARCH, warn=True)),
-    Rule("metric", "sample_log_num", Drop("single answers are not logged", warn=True)),
-    Rule("metric", "sample_log_dir", Drop("single answers are not logged", warn=True)),
-    Rule("sub_type", "name", Custom(_sub_type)),
-    Rule("sub_type", "goal", Drop(_SEARCH, warn=True)),
-    Rule("sub_type", "metric_config", Drop("null"), None, lambda n: not n.value),
-    Rule("sub_type", "metric_config", Drop("answers are scored by their likelihood", warn=True)),
 )  # fmt: skip

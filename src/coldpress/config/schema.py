@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
+
+from coldpress.config.frozen import Frozen, Text
+from coldpress.config.metrics import Evaluator, Metric, SubType
 
 __all__ = [
     "Accelerator",
@@ -37,17 +40,6 @@ __all__ = [
 
 MEMORY = r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B?$"
 """A size such as 8GB."""
-
-Text = Annotated[str, Field(min_length=1)]
-"""A text that says something."""
-
-
-class Frozen(BaseModel):
-    """Base of every config type: immutable, unknown keys forbidden, field docstrings become help text."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), populate_by_name=True
-    )
 
 
 class AzureMLResource(Frozen):
@@ -285,39 +277,6 @@ class DataConfig(Frozen):
     """Where records come from."""
     pre_process_data_config: PreProcess = PreProcess()
     """How records become token sequences."""
-
-
-class SubType(Frozen):
-    """One number of a metric."""
-
-    name: Literal["accuracy_score"] = "accuracy_score"
-    """Share of records whose most likely label is the right one."""
-    priority: int = -1
-    """Rank in a search; without a search it has no effect."""
-    higher_is_better: bool = True
-    """Direction."""
-
-
-class Metric(Frozen):
-    """What to measure, on which data."""
-
-    name: str
-    """How the result is called."""
-    type: Literal["accuracy"]
-    """accuracy: by label likelihood."""
-    sub_types: tuple[SubType, ...] = (SubType(),)
-    """Which numbers."""
-    data_config: str | DataConfig
-    """Held-out records; its `label_col` names the answer."""
-    batch_size: int = Field(default=32, ge=1)
-    """Sequences scored at a time."""
-
-
-class Evaluator(Frozen):
-    """A set of metrics."""
-
-    metrics: tuple[Metric, ...] = Field(min_length=1)
-    """Measured one after the other."""
 
 
 class ParityLimits(Frozen):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from coldpress.artifacts.base import Artifact, Spec
 from coldpress.artifacts.classifiers import CLASSIFICATION
+from coldpress.config.metrics import AccuracyMetric, CustomMetric, LmEvalMetric, Metric
 from coldpress.config.schema import AzureMLResource, DataConfig, InputModel, LoadDataset
 from coldpress.errors import CheckpointError, PlanError
 
@@ -120,6 +121,22 @@ class Places:
             changes["data_name"] = str(local)
         load = LoadDataset.model_validate({**load.model_dump(), **changes})
         return config.model_copy(update={"load_dataset_config": load})
+
+    def metric(self, metric: Metric) -> Metric:
+        """The same metric with absolute paths; what is not there keeps the name that was given."""
+        if isinstance(metric, CustomMetric):
+            user = metric.user_config
+            changes = {key: self._file(path) for key in ("user_script", "script_dir") if (path := getattr(user, key))}
+            return metric.model_copy(update={"user_config": user.model_copy(update=changes)})
+        if isinstance(metric, LmEvalMetric):
+            tasks = tuple(self._file(name) if name.endswith((".yaml", ".yml")) else name for name in metric.tasks)
+            folder = None if metric.include_path is None else self._file(metric.include_path)
+            return metric.model_copy(update={"tasks": tasks, "include_path": folder})
+        if isinstance(metric, AccuracyMetric) and metric.backend == "huggingface_metrics":
+            named = ((sub, self.find(sub.name)) for sub in metric.sub_types)
+            subs = tuple(sub if found is None else sub.model_copy(update={"name": str(found)}) for sub, found in named)
+            return metric.model_copy(update={"sub_types": subs})
+        return metric
 
     def _file(self, name: str) -> str:
         found = self.find(name)

@@ -26,6 +26,7 @@ from coldpress.engine.machines import together, training_hosts
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
 from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError, Problem
+from coldpress.evaluate.measure import refusal
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
@@ -75,6 +76,8 @@ class Plan:
     input_key: str | None
     input_spec: Spec
     data_configs: Mapping[str, DataConfig] = field(repr=False)
+    evaluators: Mapping[str, Evaluator] = field(repr=False)
+    """Those that are used, with absolute paths."""
     steps: tuple[Step, ...]
     output_dir: Path
     store: Store = field(repr=False)
@@ -97,7 +100,7 @@ class Plan:
         )
 
     def evaluator(self, name: str) -> Evaluator:
-        return self.loaded.workflow.evaluators[name]
+        return self.evaluators[name]
 
 
 class _Planner:
@@ -146,6 +149,7 @@ class _Planner:
             input_key=input_key,
             input_spec=input_spec,
             data_configs=data_configs,
+            evaluators=self._evaluators(input_spec, steps),
             steps=steps,
             output_dir=self.places.output(self.workflow.output_dir),
             store=self.store,
@@ -361,6 +365,30 @@ class _Planner:
                 )
             )
         return tuple(steps)
+
+    def _evaluators(self, spec: Spec, steps: tuple[Step, ...]) -> dict[str, Evaluator]:
+        """The evaluators in use, resolved; what the models that they measure cannot give is refused."""
+        workflow = self.workflow
+        found: dict[str, Evaluator] = {}
+        users: dict[str, list[Spec]] = {}
+        for name, measured in (
+            (workflow.evaluator, [*([spec] if workflow.evaluate_input_model else []), *(s.spec for s in steps[-1:])]),
+            *((step.evaluator, [step.spec]) for step in steps),
+        ):
+            if name is not None:
+                users.setdefault(name, []).extend(measured)
+        for name, specs in users.items():
+            evaluator = workflow.evaluators[name]
+            metrics = tuple(self.places.metric(metric) for metric in evaluator.measured)
+            found[name] = Evaluator.model_construct(
+                **{**dict(evaluator), "type": None, "tasks": None, "metrics": metrics}
+            )
+            for number, metric in enumerate(metrics):
+                known = [one.config for one in specs if one.unknown is None]
+                refused = next((text for config in known if (text := refusal(metric, config))), refusal(metric, None))
+                if refused is not None:
+                    self.refuse(refused[0], f"evaluators.{name}.metrics.{number}", refused[1])
+        return found
 
     def _key(
         self,

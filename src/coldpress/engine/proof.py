@@ -101,8 +101,8 @@ def parity_text(plan: Plan, step: Step) -> dict[str, Any]:
             return {**text, "data_config": train, "held_out": {"size": share, "seed": seed}}
     evaluator = plan.loaded.workflow.evaluator
     if evaluator is not None:
-        used = plan.evaluator(evaluator).metrics[0].data_config
-        return {**text, "data_config": used if isinstance(used, str) else None}
+        named = (getattr(metric, "data_config", None) for metric in plan.evaluator(evaluator).measured)
+        return {**text, "data_config": next((name for name in named if name is not None), None)}
     return text
 
 

@@ -6,25 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldpress.events import ParityMeasured
+from coldpress.scores import Score
 
 __all__ = ["RunResult", "Score", "StepResult"]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A measured number."""
-
-    model: str
-    """`input`, or the name of the step whose result was measured."""
-    metric: str
-    value: float
-    standard_error: float
-    n: int
-    """Records it was measured on."""
-    unit: str = ""
-    """share, bytes, ms ...; empty for a bare number."""
-    higher_is_better: bool = True
-    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,10 +45,12 @@ class RunResult:
     steps: tuple[StepResult, ...]
     scores: tuple[Score, ...]
     seconds: float
+    unmet: tuple[Score, ...] = ()
+    """Scores of the final model that do not meet their goals."""
 
-    def score(self, model: str, metric: str | None = None) -> Score:
-        """The score of `input` or of a step; raises KeyError."""
+    def score(self, model: str, metric: str | None = None, sub_type: str | None = None) -> Score:
+        """The first such score of `input` or of a step; raises KeyError."""
         for score in self.scores:
-            if score.model == model and metric in (None, score.metric):
+            if score.model == model and metric in (None, score.metric) and sub_type in (None, score.sub_type):
                 return score
         raise KeyError(f"no score for {model!r}; measured: {sorted({score.model for score in self.scores})}")

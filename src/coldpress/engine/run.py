@@ -15,13 +15,12 @@ import coldpress
 from coldpress.artifacts.base import Artifact
 from coldpress.config.load import LoadedConfig
 from coldpress.config.rules_passes import TRAINING_PASSES
-from coldpress.config.schema import Metric
-from coldpress.digest import digest_value
+from coldpress.engine.evaluation import Evaluation
 from coldpress.engine.logs import log_folder, logs_elsewhere, reporters_of
 from coldpress.engine.outcome import LIBRARIES, Outcome
 from coldpress.engine.plan import Plan, Step, check_plan, input_artifact, make_plan
-from coldpress.engine.proof import data_identity, judge, parity_text, refuse_if_too_far, text_identity
-from coldpress.engine.result import RunResult, Score, StepResult
+from coldpress.engine.proof import judge, parity_text, refuse_if_too_far, text_identity
+from coldpress.engine.result import RunResult, StepResult
 from coldpress.engine.store import Entry, disk_errors, publish
 from coldpress.errors import ColdpressError, Interrupted, PlanError, StepError, StoreError
 from coldpress.events import (
@@ -30,7 +29,6 @@ from coldpress.events import (
     ParityMeasured,
     RunFinished,
     RunStarted,
-    ScoreMeasured,
     Sink,
     StepFailed,
     StepFinished,
@@ -45,8 +43,6 @@ from coldpress.systems.local import Worker
 __all__ = ["run"]
 
 _WORKER_MODULE = "coldpress.engine.worker"
-_EVALUATION_VERSION = 1
-"""Part of the key of a cached score; raised when a score would come out differently."""
 
 
 def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False) -> RunResult:
@@ -121,7 +117,7 @@ class _Session:
         self.group: WorkerGroup | None = None
         """Of the step that runs, where several processes run it."""
         self.steps: list[StepResult] = []
-        self.scores: list[Score] = []
+        self.evaluation = Evaluation(plan, self._perform, self.emit)
         self.warnings: list[str] = []
         self.parities: list[ParityMeasured] = []
         self.under_way: str | None = None
@@ -151,27 +147,28 @@ class _Session:
         self._warm_up()
         model, key = input_artifact(self.plan), self.plan.input_key
         assert key is not None
-        if workflow.evaluator is not None and workflow.evaluate_input_model:
-            self._evaluate(workflow.evaluator, "input", model, key)
+        self.evaluation.input(model, key)
         entry: Entry | None = None
         for step in self.plan.steps:
             self.under_way = step.name
             entry = self._step(step, model)
             model, key = entry.artifact(), entry.key
-            last = step is self.plan.steps[-1]
-            for evaluator in dict.fromkeys((step.evaluator, workflow.evaluator if last else None)):
-                if evaluator is not None:
-                    self._evaluate(evaluator, step.name, model, key)
+            self.evaluation.step(step, model, key, last=step is self.plan.steps[-1])
         self.under_way = None
         output = self._publish(entry)
         outcome = self._outcome()
         record = outcome.write(output)
         self.emit(RunFinished(str(output), outcome.seconds, str(record)))
-        return RunResult(output, record, tuple(self.steps), tuple(self.scores), outcome.seconds)
+        return RunResult(
+            output, record, tuple(self.steps), tuple(self.evaluation.scores), outcome.seconds,
+            tuple(self.evaluation.unmet),
+        )  # fmt: skip
 
     def _outcome(self) -> Outcome:
         seconds = time.perf_counter() - self.started
-        return Outcome(self.plan, self.started_at, seconds, self.steps, self.scores, self.warnings, self.parities)
+        return Outcome(
+            self.plan, self.started_at, seconds, self.steps, self.evaluation.scores, self.warnings, self.parities
+        )
 
     def failed(self, error: ColdpressError) -> None:
         """Leave a record of what was done and why it ended, where the disk still takes one."""
@@ -376,43 +373,6 @@ class _Session:
         parity = {**result["parity"], **figures, "text": text_identity(self.plan, step)}
         self.emit(judge(step, parity))
         return parity
-
-    # -- measures -----------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, evaluator: str, label: str, model: Artifact, key: str) -> None:
-        for metric in self.plan.evaluator(evaluator).metrics:
-            score_key = digest_value(
-                {"version": _EVALUATION_VERSION, "model": key, "metric": self._metric_identity(metric),
-                 "libraries": library_versions(("torch", "transformers", "onnxruntime"))}
-            )  # fmt: skip
-            found = self.plan.store.score(score_key)
-            cached = found is not None
-            if found is None:
-                self.emit(StepStarted(label, "evaluate", detail=metric.name))
-                result = self._perform(
-                    "evaluate", label, model, model.kind == "checkpoint", "use a smaller batch_size in the metric",
-                    metric=metric.model_dump(mode="json"),
-                )  # fmt: skip
-                found = {**result["score"], "seconds": result["seconds"], "peak_bytes": result["peak_bytes"]}
-                self.plan.store.put_score(score_key, found)
-            score = Score(
-                model=label,
-                metric=metric.name,
-                value=found["value"],
-                standard_error=found["standard_error"],
-                n=found["n"],
-                unit="share",
-                higher_is_better=metric.sub_types[0].higher_is_better,
-                cached=cached,
-            )
-            self.scores.append(score)
-            self.emit(ScoreMeasured(label, metric.name, score.value, score.standard_error, score.n, cached, score.unit))
-
-    def _metric_identity(self, metric: Metric) -> Any:
-        config = metric.data_config
-        config = self.plan.data_configs[config] if isinstance(config, str) else config
-        identity = metric.model_dump(mode="json", exclude={"name", "batch_size", "data_config"})
-        return {**identity, "data": data_identity(config, self.plan.store.digests)}
 
     # -- output -------------------------------------------------------------------------------------------------------
 

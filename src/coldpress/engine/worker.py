@@ -15,13 +15,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from coldpress.artifacts.base import Artifact
-from coldpress.config.schema import Accelerator, DataConfig, Metric
+from coldpress.config.metrics import Metric
+from coldpress.config.schema import Accelerator, DataConfig
 from coldpress.engine.store import as_store_error
 from coldpress.errors import ColdpressError, MissingExtraError, StoreError
 from coldpress.events import Event, Progress, event_to_json
@@ -102,6 +105,9 @@ def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
         neighbours=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
     model = artifact_from_dict(job.model)
+    if job.kind != "evaluate":
+        while _RUNNERS:
+            _RUNNERS.pop().close()
     started = time.perf_counter()
     with peak:
         result = _KINDS[job.kind](job, model, context)
@@ -127,10 +133,35 @@ def _run_parity(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
 
 
 def _run_evaluate(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
-    from coldpress.evaluate.accuracy import measure
+    """Models stay loaded for the next metric; whatever else is done lets go of them (`perform`)."""
+    from coldpress.evaluate.bench import Bench, OpenRunners
+    from coldpress.evaluate.measure import measure
 
-    return {"score": measure(Metric.model_validate(job.parameters["metric"]), model, context)}
+    if not _RUNNERS:
+        _RUNNERS.append(OpenRunners(trust_remote_code=job.trust_remote_code))
+    models = {label: artifact_from_dict(one) for label, one in job.parameters["models"].items()}
+    reference = job.parameters.get("reference")
+    against = None if reference is None else artifact_from_dict(reference)
+    _RUNNERS[0].keep([*models.values(), *([] if against is None else [against])])
+    benches = {
+        label: Bench(
+            model=one,
+            runners=_RUNNERS[0],
+            data_configs=context.data_configs,
+            reference=against,
+            emit=context.emit,
+            step=job.step,
+            device=context.accelerator.device,
+            trust_remote_code=job.trust_remote_code,
+        )
+        for label, one in models.items()
+    }
+    found = measure(TypeAdapter(Metric).validate_python(job.parameters["metric"]), benches)
+    return {"scores": {label: [asdict(one) for one in each] for label, each in found.items()}}
 
+
+_RUNNERS: list[Any] = []
+"""The open runners of this process, if any (`evaluate.bench.OpenRunners`)."""
 
 _KINDS: dict[str, Callable[[Job, Artifact, Context], dict[str, Any]]] = {
     "pass": _run_pass,

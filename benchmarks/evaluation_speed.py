@@ -1,0 +1,150 @@
+"""Classifying by label likelihood against writing answers one by one, on one runner: records a second, and accuracy.
+
+    python benchmarks/evaluation_speed.py [--model FOLDER] [--rounds 5] [--records 200]
+
+The model is the example's fine-tuned one (made at the first run, under benchmarks/.work), its data the example's test
+set. Each runner in a process of its own, both ways in turn there. The bar: 5 times the records a second, the same
+accuracy (within the standard error of their difference, from the records on which the two ways disagree).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from side_by_side import HERE, in_turn, machine, verdict
+
+EXAMPLE = HERE.parent / "examples" / "phrase-classification"
+WORK = HERE / ".work" / "evaluation-speed"
+BAR = 5.0
+RUNNERS = (
+    ("Transformers, fp32", "tuned", "transformers"),
+    ("ONNX Runtime, fp32", "fp32", "onnxruntime"),
+    ("ONNX Runtime, int4", "int4", "onnxruntime"),
+    ("ONNX Runtime GenAI, fp32", "fp32", "onnxruntime-genai"),
+    ("ONNX Runtime GenAI, int4", "int4", "onnxruntime-genai"),
+)
+
+
+def models(tuned: Path | None) -> dict[str, Path]:
+    """The fine-tuned checkpoint and two builds of it."""
+    import coldpress
+    from coldpress.cli.display import PlainLines
+
+    if tuned is None:
+        document = json.loads((EXAMPLE / "workflow.json").read_text())
+        document["input_model"]["model_path"] = str(EXAMPLE / "model")
+        for config in document["data_configs"]:
+            files = config["load_dataset_config"]["data_files"]
+            config["load_dataset_config"]["data_files"] = str(EXAMPLE / files)
+        for key in ("evaluator", "evaluators"):
+            document.pop(key)
+        document["passes"].pop("int4")
+        document["passes"]["lora"].pop("evaluator")
+        document |= {"cache_dir": str(WORK / "cache"), "output_dir": str(WORK / "tuned")}
+        coldpress.run(document, sinks=[PlainLines()])
+        tuned = WORK / "tuned" / "model"
+    found = {"tuned": tuned}
+    for precision in ("fp32", "int4"):
+        coldpress.run(
+            {
+                "input_model": {"type": "HfModel", "model_path": str(tuned)},
+                "passes": {"build": {"type": "ModelBuilder", "precision": precision}},
+                "cache_dir": str(WORK / "cache"),
+                "output_dir": str(WORK / precision),
+            }
+        )
+        found[precision] = WORK / precision / "model"
+    return found
+
+
+def measure(model: Path, kind: str, rounds: int, records: int) -> dict[str, Any]:
+    """Both ways in turn, in this process."""
+    from coldpress.artifacts.base import Artifact
+    from coldpress.config.schema import DataConfig
+    from coldpress.data.tokenizer import Tokenizer
+    from coldpress.evaluate.answers import read_answers
+    from coldpress.evaluate.predictions import by_generation, by_likelihood
+    from coldpress.evaluate.runners import open_runner
+
+    document = json.loads((EXAMPLE / "workflow.json").read_text())["data_configs"][1]
+    document["load_dataset_config"]["data_files"] = str(EXAMPLE / "dataset" / "test.jsonl")
+    document["load_dataset_config"]["split"] = f"train[:{records}]"
+    artifact = Artifact.load(model)
+    tokenizer = Tokenizer.load(artifact.tokenizer_path)
+    answers = read_answers(DataConfig.model_validate(document), tokenizer)
+    needs: Any = ("log-likelihood", "generation")
+    right: dict[str, list[bool]] = {}
+    with open_runner(artifact, needs=needs, runner=kind) as runner:  # type: ignore[arg-type]
+
+        def timed(name: str, ask: Any) -> float:
+            started = time.perf_counter()
+            found = ask()
+            seconds = time.perf_counter() - started
+            right[name] = [said == true for said, true in zip(found.predicted, found.truth, strict=True)]
+            return len(found.truth) / seconds
+
+        sides = {
+            "likelihood": lambda: timed("likelihood", lambda: by_likelihood(runner, tokenizer, answers)),
+            "writing": lambda: timed("writing", lambda: by_generation(runner, tokenizer, answers, batch_size=1)),
+        }
+        for run in sides.values():  # a first round warms up
+            run()
+        speeds = in_turn(sides, rounds)
+    return {"speeds": speeds, "right": right}
+
+
+def row(name: str, found: dict[str, Any]) -> tuple[str, bool]:
+    """A line of the table, and whether the bar is reached."""
+    speeds, right = found["speeds"], found["right"]
+    fast, slow = (statistics.median(speeds[side]) for side in ("likelihood", "writing"))
+    ratios = [a / b for a, b in zip(speeds["likelihood"], speeds["writing"], strict=True)]
+    ratio = statistics.median(ratios)
+    n = len(right["writing"])
+    both = [sum(right[side]) / n for side in ("likelihood", "writing")]
+    differ = sum(a != b for a, b in zip(right["likelihood"], right["writing"], strict=True))
+    same = abs(both[0] - both[1]) <= 2 * math.sqrt(max(differ, 1)) / n
+    reached = ratio >= BAR and same
+    text = (
+        f"| {name} | {fast:.0f} | {slow:.0f} | {ratio:.1f} ({min(ratios):.1f}-{max(ratios):.1f}), "
+        f"{verdict(ratio, BAR, most=False)} | {both[0]:.1%} | {both[1]:.1%} |"
+    )
+    return text, reached
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="A fine-tuned checkpoint instead of the example's.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--records", type=int, default=200)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        folder, kind = options.one
+        print(json.dumps(measure(Path(folder), kind, options.rounds, options.records)))
+        return
+    import psutil
+
+    found = models(options.model)
+    print(f"\n{machine()}; {options.rounds} rounds in turn, {options.records} records\n")
+    print("| runner | by likelihood, records/s | written one by one | ratio | accuracy | accuracy, written |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    loads = []
+    for name, model, kind in RUNNERS:
+        command = [sys.executable, __file__, "--one", str(found[model]), kind]
+        command += ["--rounds", str(options.rounds), "--records", str(options.records)]
+        loads.append(psutil.getloadavg()[0])
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(row(name, json.loads(out.splitlines()[-1]))[0], flush=True)
+    print(f"\nload {min(loads):.1f} to {max(loads):.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A metric of the config on models: which function measures it, and what is made of its numbers.
+
+    metric x models -> numbers of each model
+
+Quality is measured model by model; cost is measured of all models in turn (`cost`). Which it is depends on the metric
+alone, so a caller hands over whatever models it wants compared.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coldpress.config.metrics import OF_TEXT, CustomMetric, Metric
+from coldpress.errors import StepError
+from coldpress.evaluate.bench import Bench
+from coldpress.evaluate.encoders import is_encoder
+from coldpress.registry import nearest
+from coldpress.scores import Measurement
+
+__all__ = ["in_turn", "measure", "needs_torch", "refusal"]
+
+_QUALITY = {
+    "accuracy": "coldpress.evaluate.accuracy:measure",
+    "perplexity": "coldpress.evaluate.perplexity:measure",
+    "divergence": "coldpress.evaluate.divergence:measure",
+    "size_on_disk": "coldpress.evaluate.size:measure",
+    "custom": "coldpress.evaluate.user_functions:measure",
+    "lm_eval": "coldpress.evaluate.harness:measure",
+}
+_COST = {
+    "latency": "coldpress.evaluate.cost:measure_latency",
+    "throughput": "coldpress.evaluate.cost:measure_latency",
+    "generation": "coldpress.evaluate.cost:measure_generation",
+    "memory": "coldpress.evaluate.cost:measure_memory",
+    "load_time": "coldpress.evaluate.cost:measure_load_time",
+}
+_DIRECTED_BY_USER = ("custom",)
+
+
+def in_turn(metric: Metric) -> bool:
+    """Whether models are measured side by side: what it costs to run them."""
+    return metric.type in _COST
+
+
+def needs_torch(metric: Metric, kinds: set[str]) -> bool:
+    """Whether a process that never imports torch can measure models of these kinds."""
+    named = metric.type == "accuracy" and metric.backend == "torch_metrics"
+    return "checkpoint" in kinds or metric.type in ("custom", "lm_eval") or named
+
+
+def measure(metric: Metric, benches: Mapping[str, Bench]) -> dict[str, list[Measurement]]:
+    """The numbers of a metric, of each model; raises StepError for one that is NaN."""
+    module, _, name = {**_QUALITY, **_COST}[metric.type].partition(":")
+    function: Any = getattr(importlib.import_module(module), name)
+    if in_turn(metric):
+        found: dict[str, list[Measurement]] = function(metric, benches)
+    else:
+        found = {label: function(metric, bench) for label, bench in benches.items()}
+    return {label: [_checked(one, metric, benches[label]) for one in each] for label, each in found.items()}
+
+
+def _checked(found: Measurement, metric: Metric, bench: Bench) -> Measurement:
+    """Raise for NaN; take the user's direction where nobody else knows it, and say so where it is the wrong one."""
+    if math.isnan(found.value):
+        raise StepError(
+            f"{metric.name}.{found.sub_type} of {bench.model.path} is not a number",
+            hint="are the model's weights complete and finite?",
+        )
+    asked = next((sub.higher_is_better for sub in metric.sub_types if sub.name == found.sub_type), None)
+    if asked is None or asked == found.higher_is_better:
+        return found
+    theirs = metric.type == "accuracy" and metric.backend == "huggingface_metrics"
+    if theirs or metric.type in _DIRECTED_BY_USER:
+        return dataclasses.replace(found, higher_is_better=asked)
+    better = "higher" if found.higher_is_better else "lower"
+    bench.warn(
+        f"{metric.name}.{found.sub_type} is better where it is {better}; higher_is_better in the config is wrong"
+    )
+    return found
+
+
+def refusal(metric: Metric, config: Mapping[str, Any] | None) -> tuple[str, str | None] | None:
+    """Why a metric cannot be measured, as far as its script and a model's config.json tell: (message, hint).
+
+    Without a config what is said is about the metric alone. Reads no weights and runs nothing of the user's.
+    """
+    if config is None:
+        return _script_refusal(metric) if metric.type == "custom" else None
+    if not is_encoder(config):
+        if metric.type == "divergence" and any(sub.name == "cosine_similarity" for sub in metric.sub_types):
+            return f"{metric.name}: cosine_similarity is of embeddings, and the model is a decoder", "use kl"
+        return None
+    kind = next(iter(config.get("architectures") or ["an encoder"]))
+    classifies = str(kind).endswith("ForSequenceClassification")
+    if metric.type in ("generation", "perplexity", "lm_eval"):
+        return f"{metric.name}: the model is an encoder ({kind}) and writes nothing, so it has no {metric.type}", None
+    if metric.type == "divergence" and any(sub.name != "cosine_similarity" for sub in metric.sub_types):
+        return f"{metric.name}: the model is an encoder ({kind}) and predicts no next token", "use cosine_similarity"
+    if metric.type == "accuracy" and not classifies:
+        return (
+            f"{metric.name}: the model is an encoder without a classification head ({kind}), so it has no accuracy",
+            "use divergence with cosine_similarity, or a custom metric",
+        )
+    if metric.type == "accuracy" and any(sub.name in ("exact_match", *OF_TEXT) for sub in metric.sub_types):
+        return f"{metric.name}: the model is an encoder ({kind}) and writes nothing", "use accuracy_score"
+    return None
+
+
+def _script_refusal(metric: CustomMetric) -> tuple[str, str | None] | None:
+    """What is wrong with the user's script, without running it."""
+    user = metric.user_config
+    name = user.evaluate_func or user.metric_func
+    if user.user_script is None or name is None:
+        return None  # told when the file is checked
+    path = Path(user.user_script)
+    if not path.is_file():
+        return f"{metric.name}: there is no script {path}", "relative paths start at the config file's folder"
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        return f"{metric.name}: {path} is no Python: {error}", None
+    defined = {
+        found
+        for node in tree.body
+        for found in (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [alias.asname or alias.name for alias in node.names]
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            else [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.Assign)
+            else []
+        )
+    }
+    if name in defined or "*" in defined:
+        return None
+    close = nearest(name, defined)
+    return f"{metric.name}: {path} has no function {name!r}", f"did you mean {close}?" if close else None

@@ -1,0 +1,464 @@
+"""ONNX decoders on plain ONNX Runtime: logits of given tokens, and a cache that is carried on outside.
+
+    prompt    [rows, T] padded on the right, empty cache      -> scores of the last token, cache [row, head, T, size]
+    step      [rows, 1], mask [rows, T + 1]                   -> its scores; the token lies behind the row's last
+
+GroupQueryAttention counts the tokens of each row by the mask, so rows of different lengths share a cache; with a cache
+it takes one new token at a time, or several of one row alone (ONNX Runtime 1.32, CPU). That is why continuations
+go token by token, and why a prefix that all prompts share is worth keeping only where it is most of the prompt. A
+graph that is not for GenAI (padding on the left, or another exporter's) tells tokens from padding by their slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coldpress.artifacts.adapter import AdapterWeights
+from coldpress.artifacts.adapter_inputs import ADAPTER_FILE, FORMATS, lora_inputs
+from coldpress.artifacts.base import read_json
+from coldpress.config.metrics import RunnerChoice
+from coldpress.errors import CheckpointError, StepError
+from coldpress.evaluate.abilities import Ability, Stop
+from coldpress.hardware import detect
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Logits = npt.NDArray[np.float32]
+
+__all__ = ["EVALUATION_GRAPH", "OnnxRunner", "onnxruntime_errors", "open_session"]
+
+EVALUATION_GRAPH = "coldpress.evaluation_graph"
+"""Metadata of a graph whose logits are of the last position only: the file beside it that yields them all."""
+_QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+"""Of the products that ONNX Runtime makes of DequantizeLinear and MatMul, where genai_config.json sets it."""
+_SPINNING = "session.intra_op.allow_spinning"
+"""Whether threads wait busily; beside other work that is slow, so the builder turns it off but for one profile."""
+_PREFIX_SHARE = 2.0
+"""Prompts run one by one after their shared prefix only where it is so many times as long as the rest."""
+
+_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+def open_session(
+    graph: Path, provider: str, threads: int | None = None, entries: Mapping[str, str] | None = None
+) -> Any:
+    """An ONNX Runtime session; raises CheckpointError, and StepError for a provider that is not there."""
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        raise StepError(
+            f"the model is built for {provider}, which the installed ONNX Runtime does not have",
+            hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or detect().threads
+    options.log_severity_level = 3
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, providers=[provider])
+    except onnxruntime_errors() as error:
+        raise CheckpointError(f"ONNX Runtime cannot load {graph}: {error}") from error
+
+
+@dataclass
+class _Past:
+    """Prompts that were run: name -> OrtValue [row, head, token, size], padded on the right."""
+
+    caches: dict[str, Any]
+    mask: Any
+    """int64 [rows, tokens]."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [int(count) for count in self.mask.sum(axis=1)]
+
+    def rows(self, chosen: Sequence[int]) -> _Past:
+        """Some rows, no wider than they need."""
+        width = int(self.mask[list(chosen)].any(axis=0).nonzero()[0].max()) + 1
+        if list(chosen) == list(range(len(self.mask))) and width == self.mask.shape[1]:
+            return self
+        caches = {name: _ort_value(one.numpy()[list(chosen), :, :width]) for name, one in self.caches.items()}
+        return _Past(caches, self.mask[list(chosen), :width])
+
+
+class OnnxRunner:
+    """An ONNX Runtime GenAI model folder, run by plain ONNX Runtime.
+
+    A graph with LoRA inputs is given `adapter`: the file that was made for it, where there is one, else its weights.
+    Sessions are made when they are first asked: while a reference goes through its blocks, the weights need not wait
+    in memory. For all logits another graph over the same data file runs in its place where it says so
+    (`EVALUATION_GRAPH`).
+
+    A model with a graph of its own for prompts is asked as it is used: that graph takes the first quarter of a
+    sequence, the other, which is the coarser, goes on from its cache. A prompt that is continued goes through it whole.
+    """
+
+    name = "ONNX Runtime"
+    kind: RunnerChoice = "onnxruntime"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapter: Path | None = None,
+        execution_provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
+    ) -> None:
+        import onnxruntime
+
+        genai = _sizes(folder)
+        decoder = genai.get("decoder", {})
+        self._graph = folder / str(decoder.get("filename", "model.onnx"))
+        if execution_provider not in onnxruntime.get_available_providers():
+            raise StepError(
+                f"the model is built for {execution_provider}, which the installed ONNX Runtime does not have",
+                hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
+            )
+        if not self._graph.is_file():
+            raise CheckpointError(f"{self._graph} is missing", hint="is the model complete?")
+        self._provider, self._threads = execution_provider, threads
+        settings = decoder.get("session_options", {})
+        self._entries = {key: str(settings[key]) for key in (_QDQ_LEVEL, _SPINNING) if key in settings}
+        self._lora: dict[str, Any] = {}
+        self._options: Any = None
+        if adapter is not None:
+            self._take(folder / f"{ADAPTER_FILE}{FORMATS['onnx_adapter']}", adapter)
+        self._prompt_graph = _prompt_graph(folder, genai)
+        self._by_slots = not (folder / "genai_config.json").is_file()
+        """A cache by slots keeps padding between a row's tokens; one for GenAI puts a token behind the row's last."""
+        self._sessions: dict[Path, Any] = {}
+        self._complete: dict[Path, Path] = {}
+        """Graph -> the one that yields all logits of it."""
+        self._outlines: dict[Path, tuple[Mapping[str, str], tuple[str, ...]]] = {}
+        self._prefix: tuple[tuple[int, ...], _Past | None] = ((), None)
+        self.vocab_size = int(genai.get("vocab_size") or self._session.get_outputs()[0].shape[-1])
+        limit = genai.get("context_length")
+        self.context_length = None if limit is None else int(limit)
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return frozenset(("log-likelihood", "logits", *(("generation",) if self.continues else ())))
+
+    @property
+    def continues(self) -> bool:
+        return any(name.startswith("past_key_values.") for name in self._outline(self._graph)[1])
+
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _session(self) -> Any:
+        """For the logits of every token."""
+        return self._open_for_all_logits(self._graph)
+
+    @property
+    def _decoding(self) -> Any:
+        """For the logits of the last token: the graph as it is used."""
+        return self._open(self._graph)
+
+    def _open_for_all_logits(self, graph: Path) -> Any:
+        if graph not in self._complete:
+            other = self._outline(graph)[0].get(EVALUATION_GRAPH)
+            self._complete[graph] = graph if other is None else self._beside(other)
+        return self._open(self._complete[graph])
+
+    def _open(self, graph: Path) -> Any:
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(graph, self._provider, self._threads, self._entries)
+        return self._sessions[graph]
+
+    def _outline(self, graph: Path) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        """Metadata of a graph and the names of its inputs, without its weights: a session would prepare them first."""
+        if graph not in self._outlines:
+            import onnx_ir
+            from google.protobuf.message import DecodeError
+
+            try:
+                model = onnx_ir.load(graph)
+            except (DecodeError, ValueError, OSError):
+                return {}, ()  # the session will say what is wrong with it
+            self._outlines[graph] = dict(model.metadata_props), tuple(str(one.name) for one in model.graph.inputs)
+        return self._outlines[graph]
+
+    def _take(self, file: Path, adapter: Path) -> None:
+        import onnxruntime
+
+        if file.is_file():
+            self._loaded = onnxruntime.LoraAdapter()  # must live as long as the options that name it
+            try:
+                self._loaded.Load(str(file))
+            except onnxruntime_errors() as error:
+                raise CheckpointError(f"ONNX Runtime cannot load {file}: {error}") from error
+            self._options = onnxruntime.RunOptions()
+            self._options.add_active_adapter(self._loaded)
+            return
+        with AdapterWeights.open(adapter) as weights:
+            self._lora = lora_inputs(weights)
+
+    def _beside(self, name: str) -> Path:
+        """The file of the model's folder that the graph names."""
+        folder = self._graph.parent.resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise CheckpointError(f"{self._graph} names {name!r} as {EVALUATION_GRAPH}, outside its own folder")
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self._graph} yields logits of the last position only and names {name!r} for all of them, "
+                f"which is missing",
+                hint="is the model complete? build it again",
+            )
+        return path
+
+    # -- given tokens -------------------------------------------------------------------------------------------------
+
+    def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
+        if self._prompt_graph is not None:
+            return [self._handed_over(ids, self._prompt_graph) for ids in batch]
+        feeds, _ = self._prompt_feeds(self._session, batch)
+        (out,) = self._session.run(["logits"], feeds, self._options)
+        return [out[row, : len(one)].astype("float32", copy=False) for row, one in enumerate(batch)]
+
+    def _prompt_feeds(self, session: Any, batch: Sequence[Sequence[int]]) -> tuple[dict[str, Any], Any]:
+        """Inputs for rows that begin with an empty cache, and their mask."""
+        import numpy as np
+
+        rows, longest = len(batch), max(len(ids) for ids in batch)
+        ids = np.zeros((rows, longest), np.int64)
+        mask = np.zeros((rows, longest), np.int64)
+        for row, one in enumerate(batch):
+            ids[row, : len(one)] = one
+            mask[row, : len(one)] = 1
+        feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self._own_inputs(session)}
+        inputs = {one.name: one for one in session.get_inputs()}
+        if "position_ids" in inputs:
+            feeds["position_ids"] = np.broadcast_to(np.arange(longest, dtype=np.int64), (rows, longest)).copy()
+        for name, one in inputs.items():
+            if name.startswith("past_key_values."):
+                feeds[name] = np.zeros((rows, one.shape[1], 0, one.shape[3]), _FLOATS[one.type])
+        return feeds, mask
+
+    def _own_inputs(self, session: Any) -> dict[str, Any]:
+        """The adapter, where it is given as inputs."""
+        return {
+            one.name: self._lora[one.name].astype(_FLOATS[one.type], copy=False)
+            for one in (session.get_overridable_initializers() if self._lora else ())
+            if one.name in self._lora
+        }
+
+    def _handed_over(self, ids: Sequence[int], prompt_graph: Path) -> Logits:
+        """Logits of a sequence, a quarter of it through the prompt's graph and the rest through the other."""
+        import numpy as np
+
+        prompt = (len(ids) + 3) // 4
+        found: list[Logits] = []
+        caches = [one for one in self._session.get_inputs() if one.name.startswith("past_key_values.")]
+        past = {one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), _FLOATS[one.type]) for one in caches}
+        first = self._open_for_all_logits(prompt_graph)
+        for session, new in ((first, ids[:prompt]), (self._session, ids[prompt:])):
+            if len(new):
+                length = next(iter(past.values())).shape[2] + len(new)
+                feeds = {"input_ids": np.array([new], np.int64), "attention_mask": np.ones((1, length), np.int64)}
+                logits, *caches_now = session.run(["logits", *map(_present, past)], {**feeds, **past})
+                found.append(logits[0].astype(np.float32, copy=False))
+                past = dict(zip(past, caches_now, strict=True))
+        return np.concatenate(found)
+
+    def ready(self) -> None:
+        """Open what generation runs."""
+        for graph in (self._graph, self._prompt_graph):
+            if graph is not None:
+                self._open(graph)
+
+    def forward(self, batch: Sequence[Sequence[int]]) -> None:
+        """Run prompts as before a generation: scores of the last token, and a cache."""
+        self.start(batch)
+
+    # -- with a cache -------------------------------------------------------------------------------------------------
+
+    def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[_Past, Logits]:
+        import numpy as np
+
+        lengths = [len(ids) for ids in prompts]
+        shared = min(shared, min(lengths) - 1)
+        rest = sum(length - shared for length in lengths) / len(lengths)
+        if self._prompt_graph is None and shared > _PREFIX_SHARE * rest:
+            return self._one_by_one(prompts, shared)
+        session = self._decoding if self._prompt_graph is None else self._open(self._prompt_graph)
+        feeds, mask = self._prompt_feeds(session, prompts)
+        scores, past = self._run(session, {name: _ort_value(one) for name, one in feeds.items()}, mask)
+        last = np.array(lengths) - 1 if scores.shape[1] > 1 else np.zeros(len(lengths), np.int64)
+        return past, scores[np.arange(len(prompts)), last]
+
+    def _run(self, session: Any, feeds: dict[str, Any], mask: Any) -> tuple[Any, _Past]:
+        """Logits as an array, and the cache after it."""
+        names = [name for name in self._outline(self._graph)[1] if name.startswith("past_key_values.")]
+        out = session.run_with_ort_values(["logits", *map(_present, names)], feeds, self._options)
+        scores = out[0].numpy().astype("float32", copy=False)
+        return scores, _Past(dict(zip(names, list(out)[1:], strict=True)), mask)
+
+    def _one_by_one(self, prompts: Sequence[Sequence[int]], shared: int) -> tuple[_Past, Logits]:
+        """Each prompt behind the cache of the prefix; the rows are then put together."""
+        import numpy as np
+
+        prefix = tuple(prompts[0][:shared])
+        if self._prefix[0] != prefix:
+            feeds, mask = self._prompt_feeds(self._decoding, [prefix])
+            self._prefix = (prefix, self._run(self._decoding, {n: _ort_value(v) for n, v in feeds.items()}, mask)[1])
+        start = self._prefix[1]
+        assert start is not None
+        pasts, scores = [], []
+        for ids in prompts:
+            mask = np.ones((1, len(ids)), np.int64)
+            out, past = self._run(self._decoding, self._feeds_after(start, [ids[shared:]], mask), mask)
+            pasts.append(past)
+            scores.append(out[0, -1])
+        return _stacked(pasts), np.stack(scores)
+
+    def _feeds_after(self, past: _Past, tokens: Sequence[Sequence[int]], mask: Any) -> dict[str, Any]:
+        """Inputs for as many new tokens in every row, behind a cache; `mask` covers both."""
+        import numpy as np
+
+        feeds: dict[str, Any] = {
+            "input_ids": np.array(tokens, np.int64), "attention_mask": mask, **self._own_inputs(self._decoding),
+        }  # fmt: skip
+        if "position_ids" in self._outline(self._graph)[1]:
+            new = feeds["input_ids"].shape[1]
+            feeds["position_ids"] = mask.sum(axis=1, keepdims=True) - new + np.arange(new)
+        return {**{name: _ort_value(one) for name, one in feeds.items()}, **past.caches}
+
+    def _step(self, past: _Past, tokens: Sequence[int]) -> tuple[Logits, _Past]:
+        """One token behind each row."""
+        import numpy as np
+
+        mask = np.concatenate([past.mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+        if not self._by_slots:
+            mask = (np.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True)).astype(np.int64)
+        out, now = self._run(self._decoding, self._feeds_after(past, [[token] for token in tokens], mask), mask)
+        return out[:, -1], now
+
+    def following(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
+        import numpy as np
+
+        lengths = state.lengths
+        found: list[Any] = [None] * len(tokens)
+        for group in self._side_by_side([lengths[row] for row in rows], [len(one) for one in tokens]):
+            past = state.rows([rows[place] for place in group])
+            scores = []
+            for number in range(len(tokens[group[0]])):
+                now, past = self._step(past, [tokens[place][number] for place in group])
+                scores.append(now)
+            for row, place in enumerate(group):
+                found[place] = np.stack([one[row] for one in scores])
+        return found
+
+    def _side_by_side(self, lengths: Sequence[int], news: Sequence[int]) -> Iterator[list[int]]:
+        """Rows with as many new tokens, in groups whose longest row has room for them within the context."""
+        group: list[int] = []
+        for place in sorted(range(len(lengths)), key=lambda place: (news[place], lengths[place])):
+            full = self.context_length is not None and lengths[place] + news[place] > self.context_length
+            if group and (news[place] != news[group[0]] or full):
+                yield group
+                group = []
+            group.append(place)
+        yield group
+
+    # -- new tokens ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Collection[int] = (),
+        stop: Stop | None = None,
+    ) -> list[list[int]]:
+        made: list[list[int]] = [[] for _ in prompts]
+        open_rows = list(range(len(prompts)))
+        past, scores = self.start(prompts)
+        while True:
+            going = []
+            for place, row in enumerate(open_rows):
+                token = int(scores[place].argmax())
+                if token in stop_tokens:
+                    continue
+                made[row].append(token)
+                if len(made[row]) < max_new_tokens and not (stop is not None and stop(made[row])):
+                    going.append(place)
+            if not going:
+                return made
+            past, open_rows = past.rows(going), [open_rows[place] for place in going]
+            scores, past = self._step(past, [made[row][-1] for row in open_rows])
+
+    def stream(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+        past, scores = self.start([prompt])
+        for number in range(new_tokens):
+            token = int(scores[0].argmax())
+            yield token
+            if number + 1 < new_tokens:
+                scores, past = self._step(past, [token])
+
+    def close(self) -> None:
+        self._sessions.clear()
+        self._prefix = ((), None)
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """The model section of genai_config.json; a model for plain ONNX Runtime has only its checkpoint's config."""
+    if (folder / "genai_config.json").is_file() or not (folder / "config.json").is_file():
+        found: dict[str, Any] = read_json(folder / "genai_config.json").get("model", {})
+        return found
+    config = read_json(folder / "config.json")
+    return {"vocab_size": config.get("vocab_size"), "context_length": config.get("max_position_embeddings")}
+
+
+def _present(past: str) -> str:
+    """Name of the output that is the input `past` of the next run."""
+    return past.replace("past_key_values", "present")
+
+
+def _ort_value(array: Any) -> Any:
+    import numpy as np
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _stacked(pasts: Sequence[_Past]) -> _Past:
+    """Rows of one, of different lengths, as one cache padded on the right."""
+    import numpy as np
+
+    longest = max(past.mask.shape[1] for past in pasts)
+
+    def wide(array: Any, axis: int) -> Any:
+        missing = [(0, longest - size if place == axis else 0) for place, size in enumerate(array.shape)]
+        return np.pad(array, missing)
+
+    caches = {
+        name: _ort_value(np.concatenate([wide(past.caches[name].numpy(), 2) for past in pasts]))
+        for name in pasts[0].caches
+    }
+    return _Past(caches, np.concatenate([wide(past.mask, 1) for past in pasts]))
+
+
+def _prompt_graph(folder: Path, genai: dict[str, Any]) -> Path | None:
+    """The graph that GenAI runs in place of the first one for more than one token."""
+    for stages in genai.get("decoder", {}).get("pipeline", []):
+        for stage in stages.values():
+            if not stage.get("run_on_token_gen", True):
+                return folder / str(stage["filename"])
+    return None
+
+
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its exceptions share no base class but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "EPFail")
+    found = [getattr(state, name) for name in names if hasattr(state, name)]
+    return (RuntimeError, ValueError, OSError, *found)
