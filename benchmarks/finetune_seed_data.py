@@ -155,10 +155,9 @@ def train_olive(task: Task, name: str, python: str, padded_steps: int) -> Traine
 def accuracy(task: Task, adapter: Path | None, template: str) -> float:
     """By label likelihood, in float32, the same code for every side."""
     from coldpress.artifacts.base import Artifact
+    from coldpress.config.metrics import AccuracyMetric
     from coldpress.config.schema import DataConfig
-    from coldpress.data.tokenizer import Tokenizer
-    from coldpress.evaluate.accuracy import label_accuracy
-    from coldpress.evaluate.runners import open_runner
+    from coldpress.evaluate.session import evaluate_models
 
     config = DataConfig.model_validate(
         {
@@ -168,8 +167,10 @@ def accuracy(task: Task, adapter: Path | None, template: str) -> float:
                                         "max_seq_len": CONTEXT},
         }
     )  # fmt: skip
-    with open_runner(Artifact(task.model, "checkpoint", task.model, adapter=adapter)) as runner:
-        return label_accuracy(runner, Tokenizer.load(task.model), config).value
+    model = Artifact(task.model, "checkpoint", task.model, adapter=adapter)
+    metric = AccuracyMetric(name="accuracy", type="accuracy", data_config="test")
+    (score,) = evaluate_models({"tuned": model}, [metric], {"test": config})
+    return score.value
 
 
 def table(runs: Mapping[str, Sequence[Trained]]) -> str:
