@@ -13,12 +13,11 @@ from typing import Any
 
 from coldpress.artifacts.base import Artifact
 from coldpress.artifacts.classifiers import CLASSIFICATION
-from coldpress.config.schema import DataConfig
 from coldpress.data.tokenizer import Tokenizer
-from coldpress.evaluate.classifier import ClassifierRunner, with_ends
-from coldpress.evaluate.divergence import BATCH, Comparison, Divergence, compare
+from coldpress.evaluate.classifier import ClassifierRunner
+from coldpress.evaluate.divergence import compare, compare_classes
 from coldpress.evaluate.runners import LayerwiseRunner, open_runner
-from coldpress.evaluate.texts import SEQUENCE_TOKENS, text_sequences
+from coldpress.evaluate.texts import SEQUENCE_TOKENS, class_sequences, text_sequences
 from coldpress.events import Message, Progress
 from coldpress.passes.base import Context
 
@@ -44,9 +43,20 @@ def prove(
 
     tokenizer = Tokenizer.load(reference.tokenizer_path)
     if reference.describe().task == CLASSIFICATION:
-        data = None if data_config is None else context.data(data_config)
-        found_classes = _compare_classes(reference, candidate, tokenizer, context, tokens, data, held_out)
-        return {**vars(found_classes), "reference": "whole"}
+        first_classes, second_classes = (
+            ClassifierRunner(one, trust_remote_code=context.trust_remote_code) for one in (reference, candidate)
+        )
+        limits = [one.context_length for one in (first_classes, second_classes) if one.context_length is not None]
+        sequences = class_sequences(
+            reference,
+            tokenizer,
+            tokens=tokens,
+            longest=min([SEQUENCE_TOKENS, *limits]),
+            data=None if data_config is None else context.data(data_config),
+            held_out=held_out,
+        )
+        classes = compare_classes(first_classes, second_classes, sequences, emit=context.emit, step=context.step)
+        return {**vars(classes), "reference": "whole"}
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(
@@ -68,35 +78,3 @@ def prove(
         result = compare(first, second, sequences, emit=context.emit, step=context.step)
         how = "layer by layer" if isinstance(first, LayerwiseRunner) else "whole"
     return {**vars(result), "reference": how}
-
-
-def _compare_classes(
-    reference: Artifact,
-    candidate: Artifact,
-    tokenizer: Tokenizer,
-    context: Context,
-    tokens: int,
-    data: DataConfig | None,
-    held_out: Mapping[str, Any] | None,
-) -> Comparison:
-    """Two classifiers on texts: a text is a position, the class that the reference finds its next token."""
-    first, second = (
-        ClassifierRunner(model, trust_remote_code=context.trust_remote_code) for model in (reference, candidate)
-    )
-    longest = min([SEQUENCE_TOKENS, *(one.context_length for one in (first, second) if one.context_length)])
-    known = tokenizer.special_tokens or {}
-    marks = [known.get("cls_token"), known.get("sep_token")]
-    ends = [None if mark is None else tokenizer.backend.token_to_id(mark) for mark in marks]
-    sequences = [
-        with_ends(reference, one, *ends)
-        for one in text_sequences(
-            tokenizer, tokens=tokens, longest=longest - 2, data=data, held_out=held_out, classes=data is not None
-        )
-    ]
-    sums = Divergence()
-    for start in range(0, len(sequences), BATCH):
-        batch = sequences[start : start + BATCH]
-        for p, q in zip(first.scores(batch), second.scores(batch), strict=True):
-            sums.add(p[None], q[None], [int(p.argmax())])
-        context.emit(Progress(context.step, start + len(batch), len(sequences), "texts"))
-    return sums.result()

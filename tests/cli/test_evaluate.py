@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fakes.models_built import build_onnx
-from fakes.tiny_models import make_bert, make_checkpoint
+from fakes.tiny_models import make_checkpoint, make_encoder
 
 pytest.importorskip("onnxruntime")
 
@@ -149,7 +149,7 @@ def test_the_evaluator_of_a_workflow(place: Path) -> None:
 )
 def test_what_is_asked_for_must_fit(place: Path, arguments: tuple[str, ...], message: str) -> None:
     if not (place / "encoder").exists():
-        make_bert(place / "encoder")
+        make_encoder(place / "encoder")
     done = evaluate(place, *arguments)
     assert done.returncode in (1, 2)
     assert message in done.stderr

@@ -41,6 +41,7 @@ PAGES = (
     "docs/events.md",
     "docs/run-record.md",
     "docs/report.md",
+    "docs/evaluation.md",
     "docs/watching.md",
 )
 
@@ -58,6 +59,21 @@ def test_every_family_is_in_the_docs() -> None:
 
     text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert [name for name in FAMILIES if f"`{name}`" not in text] == []
+
+
+def test_every_number_of_every_metric_is_in_the_docs() -> None:
+    from coldpress.config.metrics import METRIC_TYPES, OWN_ACCURACY, TORCH_METRICS, Goal
+
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = {name: row for row in re.findall(r"^\| `.+\|$", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    for kind, model in METRIC_TYPES.items():
+        sub_type = typing.get_args(model.model_fields["sub_types"].annotation)[0].model_fields["name"].annotation
+        names = typing.get_args(sub_type) if typing.get_origin(sub_type) is typing.Literal else ()
+        if kind == "accuracy":
+            names = (*OWN_ACCURACY, *TORCH_METRICS)
+        assert [name for name in (kind, *names) if f"`{name}`" not in rows.get(kind, "")] == [], kind
+    goals = typing.get_args(Goal.model_fields["type"].annotation)
+    assert [name for name in goals if f"`{name}`" not in text] == []
 
 
 def test_the_limits_of_the_docs_are_those_of_the_code() -> None:

@@ -13,7 +13,7 @@ import pytest
 import coldpress
 from coldpress.errors import ConfigError, StepError
 from coldpress.events import ScoreMeasured
-from fakes.tiny_models import make_bert, make_checkpoint
+from fakes.tiny_models import make_checkpoint, make_encoder
 
 pytest.importorskip("onnxruntime")
 
@@ -232,7 +232,7 @@ def test_a_plan_refuses_what_cannot_be_measured(project: Path) -> None:
     ((path, message),) = refusals(SIZE, lost)
     assert path == "evaluators.ev.metrics.1"
     assert "has no function 'filse'" in message
-    make_bert(project / "encoder")
+    make_encoder(project / "encoder")
     encoder = {"input_model": {"type": "HfModel", "model_path": "encoder"}}
     speed, kl = metric("generation"), metric("divergence", {"name": "kl"})
     told = [message for path, message in refusals(speed, ACCURACY, kl, **encoder) if path.startswith("evaluators")]

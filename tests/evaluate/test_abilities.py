@@ -18,7 +18,7 @@ from coldpress.evaluate.encoders import pooled
 from coldpress.evaluate.runners import open_runner
 from coldpress.evaluate.torch_runner import TorchRunner
 from fakes.models_built import build_onnx
-from fakes.tiny_models import export_encoder, make_bert, make_checkpoint
+from fakes.tiny_models import export_encoder, make_checkpoint, make_encoder
 
 PROMPTS = [[256, 1, 2, 3, 4, 5, 6], [256, 1, 2], [256, 1, 2, 9, 10], [256, 1, 2, 12, 13, 14, 15]]
 TAILS = [[20, 21, 22], [23], [24, 25], [26, 27, 28]]
@@ -70,7 +70,8 @@ def test_logits_of_given_tokens(kind: str, opened: dict[str, Any], expected: lis
 def test_going_on_from_prompts_of_any_length(
     kind: str, shared: int, opened: dict[str, Any], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coldpress.evaluate.onnx_runner._PREFIX_SHARE", 0.1)
+    for module in ("onnx_runner", "genai_runner"):
+        monkeypatch.setattr(f"coldpress.evaluate.{module}._PREFIX_SHARE", 0.1)
     runner = opened[kind]
     assert runner.continues
     state, scores = runner.start(PROMPTS, shared=shared)
@@ -153,7 +154,7 @@ TEXTS = [[5, 6, 7, 8, 9], [5, 6], [100, 101, 102]]
 def test_encoders_say_the_same_on_torch_and_onnx(labels: tuple[str, ...], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    checkpoint = make_bert(tmp_path / "bert", labels=labels)
+    checkpoint = make_encoder(tmp_path / "bert", labels=labels)
     graph = export_encoder(checkpoint, tmp_path / "onnx")
     assert Artifact.load(graph).kind == "onnx"
     needs: Any = ("classification",) if labels else ("encoding",)
@@ -161,10 +162,10 @@ def test_encoders_say_the_same_on_torch_and_onnx(labels: tuple[str, ...], tmp_pa
         open_runner(Artifact.load(checkpoint), needs=needs) as torch,
         open_runner(Artifact.load(graph), needs=needs) as onnx,
     ):
-        assert (torch.labels, torch.context_length) == (onnx.labels, onnx.context_length) == (labels, 64)
+        assert (torch.labels, torch.context_length) == (onnx.labels, onnx.context_length) == (labels, 390)
         found = [(one.classify if labels else one.encode)(TEXTS) for one in (torch, onnx)]
         alone = [(torch.classify if labels else torch.encode)([text])[0] for text in TEXTS]
-    assert found[0].shape == (3, len(labels) or 32)
+    assert found[0].shape == (3, len(labels) or 64)
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
     np.testing.assert_allclose(found[0], alone, atol=1e-4)  # padding counts nowhere
 
@@ -182,7 +183,7 @@ def test_pooling() -> None:
 
 
 def test_which_pooling_is_read_from_the_folder(tmp_path: Path) -> None:
-    folder = make_bert(tmp_path / "bert")
+    folder = make_encoder(tmp_path / "bert")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 17}))
@@ -217,7 +218,7 @@ def test_the_sentence_encoder_from_pypi() -> None:
 
 
 def test_what_a_model_cannot_give_is_refused(models: dict[str, Artifact], tmp_path: Path) -> None:
-    encoder = Artifact.load(make_bert(tmp_path / "bert"))
+    encoder = Artifact.load(make_encoder(tmp_path / "bert"))
     with (
         pytest.raises(PlanError, match="Transformers cannot give new tokens, one after the other") as caught,
         open_runner(encoder, needs=("generation",)),

@@ -19,7 +19,7 @@ from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.predictions import by_generation
 from coldpress.evaluate.runners import TorchRunner, open_runner
 from coldpress.events import Message
-from fakes.tiny_models import make_bert
+from fakes.tiny_models import make_encoder, make_tokenizer
 
 Benches = Callable[..., Bench]
 ROWS = [(f"text {number} {'xyz'[number % 3] * number}", ("joy", "sad", "surprise")[number % 3]) for number in range(12)]
@@ -158,7 +158,7 @@ def test_records_that_do_not_fit_are_told(tiny_phi3: Path, make_data: Any, bench
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bert(tmp_path_factory.mktemp("bert"), labels=("joy", "sad", "surprise"))
+    return make_encoder(tmp_path_factory.mktemp("bert"), labels=("joy", "sad", "surprise"))
 
 
 TEXT = {"text_template": None, "text_field": "text"}
@@ -166,7 +166,7 @@ TEXT = {"text_template": None, "text_field": "text"}
 
 def test_a_model_answers_by_its_head(classifier: Path, tokenizer: Tokenizer, make_data: Any, bench_of: Benches) -> None:
     bench = bench_of(classifier, make_data(ROWS, **TEXT))
-    ids = [list(one.ids) for one in tokenizer.backend.encode_batch([text for text, _ in ROWS])]
+    ids = [[256, *tokenizer.ids(text), 257] for text, _ in ROWS]  # between CLS and SEP
     with open_runner(Artifact.load(classifier), needs=("classification",)) as runner:
         scores = np.concatenate([runner.classify([one]) for one in ids])
     says = [("joy", "sad", "surprise")[place] for place in scores.argmax(axis=1)]
@@ -182,6 +182,35 @@ def test_a_model_answers_by_its_head(classifier: Path, tokenizer: Tokenizer, mak
     assert answers.scores is not None
     expected = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(answers.scores, expected, atol=1e-4)
+
+
+def test_a_decoder_with_classes_answers_too(
+    tmp_path: Path, tokenizer: Tokenizer, make_data: Any, bench_of: Benches
+) -> None:
+    """It reads a text as it was trained, BOS and EOS included, and is asked at its last token, padding or not."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, pad_token_id=258, id2label=dict(enumerate(("joy", "sad", "surprise"))),
+        initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "classes")
+    make_tokenizer(tmp_path / "classes")
+    with torch.no_grad():
+        says = [
+            ("joy", "sad", "surprise")[int(model(torch.tensor([[256, *tokenizer.ids(text), 257]])).logits.argmax())]
+            for text, _ in ROWS
+        ]
+    assert len(set(says)) > 1
+    answers = answers_of(
+        metric(), bench_of(tmp_path / "classes", make_data(ROWS, **TEXT)), written=False, complete=False
+    )
+    assert answers.predicted == tuple(says)
 
 
 def _has(package: str) -> bool:
@@ -214,7 +243,7 @@ def test_what_an_encoder_cannot_be_asked(classifier: Path, tmp_path: Path, make_
         measure(metric("exact_match"), bench)
     with pytest.raises(DataError, match="stands in the text"):
         measure(metric(), bench_of(classifier, make_data(ROWS)))
-    headless = make_bert(tmp_path / "headless")
+    headless = make_encoder(tmp_path / "headless")
     with pytest.raises(PlanError, match="cannot give a score for each class of its own head"):
         measure(metric(), bench_of(headless, make_data(ROWS, **TEXT)))
 

@@ -16,7 +16,7 @@ from coldpress.errors import PlanError, StepError
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.measure import measure
 from coldpress.events import Message
-from fakes.tiny_models import make_bert
+from fakes.tiny_models import make_encoder
 
 Benches = Callable[..., Bench]
 QUICK = {"warmup_num": 1, "repeat_test_num": 12, "confidence": 0.9, "max_seconds": 20}
@@ -75,7 +75,7 @@ def test_every_batch_is_run(
 
 def test_latency_of_an_encoder(tmp_path: Path, make_data: Any, bench_of: Benches) -> None:
     data = make_data([("one", None), ("two words", None)], text_template=None, text_field="text", label_col=None)
-    bench = bench_of(make_bert(tmp_path / "bert"), data)
+    bench = bench_of(make_encoder(tmp_path / "bert"), data)
     (found,) = measure(timed("latency", "p50", data_config="rows"), {"m": bench})["m"]
     assert found.value > 0
     assert found.details["batches"] == 2

@@ -16,7 +16,7 @@ from coldpress.errors import PlanError
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.divergence import compare, cosines, measure
 from coldpress.evaluate.runners import TorchRunner, open_runner
-from fakes.tiny_models import export_encoder, make_bert, make_checkpoint
+from fakes.tiny_models import export_encoder, make_checkpoint, make_encoder
 
 Benches = Callable[..., Bench]
 
@@ -83,9 +83,9 @@ def test_another_tokenizer(tiny_phi3: Path, tmp_path: Path, bench_of: Benches) -
 def test_embeddings(tmp_path: Path, tokenizer: Tokenizer, make_data: Any, bench_of: Benches) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    first = Artifact.load(make_bert(tmp_path / "first"))
+    first = Artifact.load(make_encoder(tmp_path / "first"))
     graph = Artifact.load(export_encoder(first.path, tmp_path / "graph"))
-    other = Artifact.load(make_bert(tmp_path / "other", seed=1))
+    other = Artifact.load(make_encoder(tmp_path / "other", seed=1))
     texts = ["one text", "another, longer one", "x"]
     data = make_data([(text, None) for text in texts], text_template=None, text_field="text", label_col=None)
     asked = metric("cosine_similarity", data_config="rows")

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.nn import imports
 
-__all__ = ["VOCABULARY", "export_encoder", "make_bert", "make_checkpoint", "make_encoder", "make_tokenizer"]
+__all__ = ["VOCABULARY", "export_encoder", "make_checkpoint", "make_encoder", "make_tokenizer"]
 
 VOCABULARY = 260
 """256 bytes and 4 special tokens."""
@@ -77,8 +77,10 @@ def make_checkpoint(folder: Path, *, family: str = "phi3", dtype: str = "bfloat1
     return folder
 
 
-def make_encoder(folder: Path, *, family: str = "bert", form: str = "AutoModel", seed: int = 0) -> Path:
-    """A two-layer encoder as an Auto class saves it: the bare model, or with its head for masked words."""
+def make_encoder(
+    folder: Path, *, family: str = "bert", form: str = "AutoModel", labels: tuple[str, ...] = (), seed: int = 0
+) -> Path:
+    """A two-layer encoder as an Auto class saves it: the bare model, with a head for masked words, or for classes."""
     imports.load_training()
     import torch
     import transformers
@@ -89,6 +91,10 @@ def make_encoder(folder: Path, *, family: str = "bert", form: str = "AutoModel",
         sizes = {"vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96,
                  "max_position_embeddings": 390, "pad_token_id": 258}  # fmt: skip
     config = transformers.AutoConfig.for_model(family, **sizes)
+    if labels:
+        form = "AutoModelForSequenceClassification"
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, form).from_config(config)
@@ -102,27 +108,6 @@ def make_encoder(folder: Path, *, family: str = "bert", form: str = "AutoModel",
     record.update({"cls_token": "<s>", "sep_token": "</s>"})
     del record["eos_token"], record["chat_template"]
     path.write_text(json.dumps(record))
-    return folder
-
-
-def make_bert(folder: Path, *, labels: tuple[str, ...] = (), seed: int = 0) -> Path:
-    """A two-layer BERT with hidden size 32, with a classification head where labels are given, and its tokenizer."""
-    imports.load_training()
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
-
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = BertForSequenceClassification(config) if labels else BertModel(config)
-    model.save_pretrained(folder)
-    make_tokenizer(folder)
     return folder
 
 

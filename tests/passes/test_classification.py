@@ -295,7 +295,7 @@ def test_it_learns_and_padding_does_not_matter(
         alone = [model(input_ids=torch.tensor([one])).logits[0].numpy() for one in ids]
     found = [model.config.id2label[int(one.argmax())] for one in alone]
     assert sum(mine == tone for mine, tone in zip(found, TONES * 3, strict=True)) >= 8
-    together = ClassifierRunner(merged).scores(ids)
+    together = ClassifierRunner(merged).classify(ids)
     np.testing.assert_allclose(together, np.stack(alone), atol=EXACT)
 
 
@@ -406,8 +406,8 @@ def test_a_real_encoder(
     first, last = (tokenizer.backend.token_to_id(tokenizer.special_tokens[name]) for name in ("cls_token", "sep_token"))
     ids = [[first, *tokenizer.ids(row["phrase"]), last] for row in rows]
     names = json.loads((merged.path / "config.json").read_text())["id2label"]
-    found = [names[str(int(one.argmax()))] for one in ClassifierRunner(merged).scores(ids)]
+    found = [names[str(int(one.argmax()))] for one in ClassifierRunner(merged).classify(ids)]
     right = sum(mine == row["tone"] for mine, row in zip(found, rows, strict=True)) / len(rows)
     assert right > 0.6, "4 classes: chance is 0.25"
     by_themselves = by_transformers(merged.path, [ids[0]])
-    np.testing.assert_allclose(ClassifierRunner(merged).scores(ids[:1]), by_themselves, atol=EXACT)
+    np.testing.assert_allclose(ClassifierRunner(merged).classify(ids[:1]), by_themselves, atol=EXACT)

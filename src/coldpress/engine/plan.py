@@ -22,11 +22,11 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import Accelerator, AzureMLResource, AzureMLSystem, DataConfig, Evaluator, ParityLimits
 from coldpress.data.sources import files_of
 from coldpress.digest import digest_files, digest_value
+from coldpress.engine.evaluators import resolve_evaluators
 from coldpress.engine.machines import together, training_hosts
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
 from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError, Problem
-from coldpress.evaluate.measure import refusal
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
@@ -367,27 +367,12 @@ class _Planner:
         return tuple(steps)
 
     def _evaluators(self, spec: Spec, steps: tuple[Step, ...]) -> dict[str, Evaluator]:
-        """The evaluators in use, resolved; what the models that they measure cannot give is refused."""
         workflow = self.workflow
-        found: dict[str, Evaluator] = {}
-        users: dict[str, list[Spec]] = {}
-        for name, measured in (
-            (workflow.evaluator, [*([spec] if workflow.evaluate_input_model else []), *(s.spec for s in steps[-1:])]),
-            *((step.evaluator, [step.spec]) for step in steps),
-        ):
-            if name is not None:
-                users.setdefault(name, []).extend(measured)
-        for name, specs in users.items():
-            evaluator = workflow.evaluators[name]
-            metrics = tuple(self.places.metric(metric) for metric in evaluator.measured)
-            found[name] = Evaluator.model_construct(
-                **{**dict(evaluator), "type": None, "tasks": None, "metrics": metrics}
-            )
-            for number, metric in enumerate(metrics):
-                known = [one.config for one in specs if one.unknown is None]
-                refused = next((text for config in known if (text := refusal(metric, config))), refusal(metric, None))
-                if refused is not None:
-                    self.refuse(refused[0], f"evaluators.{name}.metrics.{number}", refused[1])
+        ends = [*([spec] if workflow.evaluate_input_model else []), *(step.spec for step in steps[-1:])]
+        uses = [(workflow.evaluator, ends), *((step.evaluator, [step.spec]) for step in steps)]
+        found, refused = resolve_evaluators(workflow, uses, self.places)
+        for one in refused:
+            self.refuse(*one)
         return found
 
     def _key(

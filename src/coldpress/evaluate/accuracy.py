@@ -13,7 +13,7 @@ from coldpress.errors import PlanError
 from coldpress.evaluate.answers import read_answers
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.classification import accuracy, averaged, exact_match
-from coldpress.evaluate.encoders import is_encoder
+from coldpress.evaluate.encoders import config_of, is_encoder
 from coldpress.evaluate.predictions import Predictions, by_generation, by_head, by_likelihood
 from coldpress.scores import Measurement
 
@@ -76,13 +76,13 @@ def answers_of(metric: Any, bench: Bench, *, written: bool, complete: bool) -> P
     """What the model of a bench answers to the records of a metric; warns of those that were left out."""
     config, tokenizer = bench.data(metric.data_config), bench.tokenizer()
     options: dict[str, Any] = {"batch_size": metric.batch_size, "emit": bench.emit, "step": bench.step}
-    if is_encoder(bench.model.describe().config):
+    if is_encoder(config_of(bench.model)):
         if written:
             raise PlanError(
                 f"{bench.model.path} is an encoder and writes nothing, so it has no exact_match",
                 hint="use accuracy_score, or answer_by: likelihood",
             )
-        found = by_head(bench.runner(("classification",), metric.runner), tokenizer, config, **options)
+        found = by_head(bench.runner(("classification",), metric.runner), tokenizer, config, bench.model, **options)
     elif written:
         free = all(sub.name in _WRITTEN for sub in metric.sub_types)
         answers = read_answers(config, tokenizer, labels=metric.labels, free=free)

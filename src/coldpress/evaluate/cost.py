@@ -32,7 +32,8 @@ from coldpress.errors import DataError, PlanError, StepError
 from coldpress.evaluate.abilities import Needs
 from coldpress.evaluate.answers import read_texts
 from coldpress.evaluate.bench import Bench
-from coldpress.evaluate.encoders import is_encoder
+from coldpress.evaluate.encoders import config_of, is_encoder
+from coldpress.evaluate.predictions import read_by_head
 from coldpress.evaluate.runners import runner_names
 from coldpress.evaluate.statistics import bootstrap_error, mean_error, quantile, ratio_error
 from coldpress.evaluate.texts import bundled_tokens
@@ -112,9 +113,9 @@ def _batches(metric: LatencyMetric, bench: Bench, runner: Any) -> list[list[list
 def _texts(name: str, bench: Bench) -> list[list[int]]:
     """Tokens of each record; of an encoder's with its own special tokens."""
     config, tokenizer = bench.data(name), bench.tokenizer()
-    if is_encoder(bench.model.describe().config):
+    if is_encoder(config_of(bench.model)):
         _, words, _ = read_texts(config, tokenizer)
-        return [list(one.ids) for one in tokenizer.backend.encode_batch(words, add_special_tokens=True)]
+        return read_by_head(words, config, tokenizer, bench.model)
     rendered = texts_of(config, tokenizer).rendered
     return [one.ids for one in encode(rendered, config.pre_process_data_config, tokenizer)]
 
@@ -314,7 +315,7 @@ def _timing(metric: LatencyMetric | GenerationMetric) -> Timing:
 
 
 def _runner(bench: Bench, choice: RunnerChoice | None) -> Any:
-    needs: Needs = () if is_encoder(bench.model.describe().config) else ("generation",)
+    needs: Needs = () if is_encoder(config_of(bench.model)) else ("generation",)
     return bench.runner(needs, choice, "auto")
 
 

@@ -22,15 +22,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from coldpress.artifacts.classifiers import is_classifier
 from coldpress.config.metrics import DivergenceMetric
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import PlanError
-from coldpress.evaluate.abilities import LogitsRunner
+from coldpress.evaluate.abilities import EncodingRunner, LogitsRunner
 from coldpress.evaluate.answers import read_texts
 from coldpress.evaluate.bench import Bench
+from coldpress.evaluate.encoders import config_of
+from coldpress.evaluate.predictions import read_by_head
 from coldpress.evaluate.runners import batches_of, in_batches
 from coldpress.evaluate.statistics import mean_error, ratio_error
-from coldpress.evaluate.texts import SEQUENCE_TOKENS, bundled_tokens, text_sequences
+from coldpress.evaluate.texts import SEQUENCE_TOKENS, bundled_tokens, class_sequences, text_sequences
 from coldpress.events import Progress, Sink
 from coldpress.scores import Measurement
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["BATCH", "Comparison", "Divergence", "compare", "cosines", "measure"]
+__all__ = ["Comparison", "compare", "compare_classes", "cosines", "measure"]
 
 BATCH = 16
 COMPARE_BYTES = 16 << 20
@@ -67,6 +70,8 @@ def measure(metric: DivergenceMetric, bench: Bench) -> list[Measurement]:
 def _of_distributions(metric: DivergenceMetric, bench: Bench, names: Sequence[str]) -> list[Measurement]:
     assert bench.reference is not None
     tokenizer = _shared_tokenizer(bench)
+    if is_classifier(config_of(bench.model)):
+        return _named(names, _of_classes(metric, bench, tokenizer))
     first = bench.runners.get(bench.reference, ("logits",), on_block=bench.on_block)
     second = bench.runner(("logits",))
     limits = [one.context_length for one in (first, second) if one.context_length is not None]
@@ -77,6 +82,23 @@ def _of_distributions(metric: DivergenceMetric, bench: Bench, names: Sequence[st
         data=None if metric.data_config is None else bench.data(metric.data_config),
     )
     found = compare(first, second, sequences, batch_size=metric.batch_size, emit=bench.emit, step=bench.step)
+    return _named(names, found)
+
+
+def _of_classes(metric: DivergenceMetric, bench: Bench, tokenizer: Tokenizer) -> Comparison:
+    assert bench.reference is not None
+    first, second = (bench.runners.get(one, ("classification",)) for one in (bench.reference, bench.model))
+    sequences = class_sequences(
+        bench.model,
+        tokenizer,
+        tokens=metric.tokens,
+        longest=min([SEQUENCE_TOKENS, *(one.context_length for one in (first, second) if one.context_length)]),
+        data=None if metric.data_config is None else bench.data(metric.data_config),
+    )
+    return compare_classes(first, second, sequences, emit=bench.emit, step=bench.step)
+
+
+def _named(names: Sequence[str], found: Comparison) -> list[Measurement]:
     made = {
         "kl": Measurement("kl", found.kl, "nats/token", False, found.tokens, found.kl_error),
         "top1_agreement": Measurement(
@@ -108,8 +130,8 @@ def _of_embeddings(metric: DivergenceMetric, bench: Bench) -> Measurement:
         ids = bundled_tokens(tokenizer)
         texts = [ids[start : start + 32] for start in range(0, min(len(ids), metric.tokens), 32)]
     else:
-        _, words, _ = read_texts(bench.data(metric.data_config), tokenizer)
-        texts = [list(one.ids) for one in tokenizer.backend.encode_batch(words, add_special_tokens=True)]
+        config = bench.data(metric.data_config)
+        texts = read_by_head(read_texts(config, tokenizer)[1], config, tokenizer, bench.model)
     vectors = []
     for model in (bench.reference, bench.model):
         runner = bench.runners.get(model, ("encoding",))
@@ -161,7 +183,7 @@ def compare(
     step: str = "",
 ) -> Comparison:
     """Mean KL, agreement and perplexities over all positions of `sequences`."""
-    sums = Divergence()
+    sums = _Sums()
     total = sum(len(one) - 1 for one in sequences)
     theirs = in_batches(reference, sequences, batch_size)
     ours = in_batches(candidate, sequences, batch_size)
@@ -176,9 +198,27 @@ def compare(
     return sums.result()
 
 
-class Divergence:
-    """The sums that a comparison is made of."""
+def compare_classes(
+    reference: EncodingRunner,
+    candidate: EncodingRunner,
+    sequences: Sequence[Sequence[int]],
+    *,
+    emit: Sink | None = None,
+    step: str = "",
+) -> Comparison:
+    """Two classifiers on texts: a text is a position, the class that the reference finds its next token."""
+    sums = _Sums()
+    for start in range(0, len(sequences), BATCH):
+        batch = sequences[start : start + BATCH]
+        p, q = reference.classify(batch), candidate.classify(batch)
+        for row in range(len(batch)):  # each text is a witness of its own
+            sums.add(p[row : row + 1], q[row : row + 1], [int(p[row].argmax())])
+        if emit is not None:
+            emit(Progress(step, start + len(batch), len(sequences), "texts"))
+    return sums.result()
 
+
+class _Sums:
     def __init__(self) -> None:
         self.kl = self.agree = self.loss_p = self.loss_q = 0.0
         self.tokens = 0
@@ -190,7 +230,6 @@ class Divergence:
     def add(
         self, reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float32], targets: Sequence[int]
     ) -> None:
-        """A sequence: scores [positions, vocabulary] of each model, and the token that follows each position."""
         import numpy as np
 
         width = min(reference.shape[1], candidate.shape[1])  # a padded vocabulary has scores for no token

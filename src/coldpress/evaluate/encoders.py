@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coldpress.artifacts.base import read_json
+from coldpress.artifacts.base import Artifact, read_json
+from coldpress.artifacts.classifiers import is_classifier, labels_of
 from coldpress.config.metrics import RunnerChoice
 from coldpress.errors import CheckpointError
 from coldpress.evaluate.abilities import Ability
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-__all__ = ["OnnxEncoder", "Pooling", "TorchEncoder", "is_encoder", "pooled"]
+__all__ = ["OnnxEncoder", "Pooling", "TorchEncoder", "config_of", "is_encoder", "pooled"]
 
 Pooling = Literal["mean", "cls", "max", "last"]
-_CLASSIFIER = "ForSequenceClassification"
 _MODES: Mapping[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -44,6 +44,11 @@ def is_encoder(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model that reads a text and continues none."""
     names = [str(name) for name in config.get("architectures") or ()]
     return bool(names) and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def config_of(model: Artifact) -> dict[str, Any]:
+    """config.json of a model, that of its adapter where it makes a classifier of it; empty where there is none."""
+    return model.config() if (model.model / "config.json").is_file() else {}
 
 
 class TorchEncoder:
@@ -190,10 +195,7 @@ def _padded(batch: Sequence[Sequence[int]]) -> tuple[Any, Any]:
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the classes, where the model has a head for them."""
-    if not any(str(name).endswith(_CLASSIFIER) for name in config.get("architectures") or ()):
-        return ()
-    named = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return tuple(str(named[key]) for key in sorted(named, key=int))
+    return labels_of(config) if is_classifier(config) else ()
 
 
 def _pooling(folder: Path) -> tuple[Pooling, bool]:

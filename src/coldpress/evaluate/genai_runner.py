@@ -1,7 +1,8 @@
 """ONNX Runtime GenAI: models as its users run them, with its own cache and its own choice of graphs.
 
 Given tokens go through in one call a batch, padded on the right. A batch may be fed only once, so prompts that are
-continued have a generator each, which is wound back afterwards (a model with a graph of its own for prompts cannot be).
+continued have a generator each, which is wound back afterwards (a model with a graph of its own for prompts cannot be);
+where most of a prompt is what all begin with, they have one together, wound back to that.
 A graph whose head is pruned yields the last token's logits alone: plain ONNX Runtime scores labels with it. The
 tokenizer of GenAI is not used: it adds no BOS where the checkpoint's does.
 """
@@ -32,14 +33,26 @@ __all__ = ["GenAIRunner"]
 
 _ROOM = 32
 """Tokens that may follow a prompt in its own generator, whose cache is that much longer."""
+_PREFIX_SHARE = 0.5
+"""Of the longest prompt: a prefix that is shorter is read again with each, since what follows it is run twice else."""
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt that was run."""
+    """A prompt, and a generator that has read its first tokens: all, or those it shares with the others."""
 
     ids: tuple[int, ...]
     generator: Any
+    read: int
+
+    def scores(self, new: Sequence[int], keep: int) -> Logits:
+        """Logits after each of the last `keep` tokens of the prompt and `new`; the generator is as before."""
+        import numpy as np
+
+        self.generator.append_tokens(np.asarray([*self.ids[self.read :], *new], np.int32))
+        out = np.array(self.generator.get_output("logits"))[0, -keep:].astype(np.float32)
+        self.generator.rewind_to(self.read)
+        return out
 
 
 class GenAIRunner:
@@ -69,6 +82,7 @@ class GenAIRunner:
                 self._activate(adapter)
         except RuntimeError as error:
             raise CheckpointError(f"ONNX Runtime GenAI cannot load {folder}: {error}") from error
+        self._prefix: tuple[tuple[int, ...], int, Any] | None = None
         self._all_logits = self._yields_all_logits()
         self.continues = self._all_logits and "pipeline" not in config.get("decoder", {})
 
@@ -128,21 +142,37 @@ class GenAIRunner:
     def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[list[_Prompt], Logits]:
         import numpy as np
 
-        state, scores = [], []
-        for ids in prompts:
-            room = len(ids) + _ROOM
-            generator = self._generator(1, room if self.context_length is None else min(room, self.context_length))
-            try:
-                generator.append_tokens(np.asarray(ids, np.int32))
+        longest = max(len(ids) for ids in prompts)
+        try:
+            shared = min(shared, *(len(ids) - 1 for ids in prompts))
+            if shared > _PREFIX_SHARE * longest:
+                generator = self._behind(tuple(prompts[0][:shared]), longest + _ROOM)
+                state = [_Prompt(tuple(ids), generator, shared) for ids in prompts]
+                return state, np.concatenate([prompt.scores((), 1) for prompt in state])
+            state, scores = [], []
+            for ids in prompts:
+                generator = self._reader(ids, len(ids) + _ROOM)
+                state.append(_Prompt(tuple(ids), generator, len(ids)))
                 scores.append(np.array(generator.get_output("logits"))[0, -1].astype(np.float32))
-            except RuntimeError as error:
-                raise self._failed(error) from error
-            state.append(_Prompt(tuple(ids), generator))
-        return state, np.stack(scores)
+            return state, np.stack(scores)
+        except RuntimeError as error:
+            raise self._failed(error) from error
 
-    def following(self, state: Sequence[_Prompt], rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
+    def _behind(self, prefix: tuple[int, ...], room: int) -> Any:
+        """The generator that has read a prefix; it is kept, since all batches have the same."""
+        if self._prefix is None or self._prefix[0] != prefix or self._prefix[1] < room:
+            self._prefix = (prefix, room, self._reader(prefix, room))
+        return self._prefix[2]
+
+    def _reader(self, ids: Sequence[int], room: int) -> Any:
+        """A generator that has read tokens, with room for more."""
         import numpy as np
 
+        generator = self._generator(1, room if self.context_length is None else min(room, self.context_length))
+        generator.append_tokens(np.asarray(ids, np.int32))
+        return generator
+
+    def following(self, state: Sequence[_Prompt], rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
         found: list[Logits] = []
         for row, new in zip(rows, tokens, strict=True):
             prompt = state[row]
@@ -150,9 +180,7 @@ class GenAIRunner:
                 found.append(self.logits([[*prompt.ids, *new]])[0][len(prompt.ids) :])
                 continue
             try:
-                prompt.generator.append_tokens(np.asarray(new, np.int32))
-                found.append(np.array(prompt.generator.get_output("logits"))[0].astype(np.float32))
-                prompt.generator.rewind_to(len(prompt.ids))
+                found.append(prompt.scores(new, len(new)))
             except RuntimeError as error:
                 raise self._failed(error) from error
         return found
@@ -206,4 +234,4 @@ class GenAIRunner:
         return StepError(f"ONNX Runtime GenAI cannot run {self._folder}: {error}")
 
     def close(self) -> None:
-        self._model = self._adapters = None
+        self._model = self._adapters = self._prefix = None

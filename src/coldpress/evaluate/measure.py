@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coldpress.config.metrics import OF_TEXT, CustomMetric, Metric
+from coldpress.artifacts.classifiers import is_classifier
+from coldpress.config.metrics import OF_TEXT, TORCH_METRICS, CustomMetric, Metric
 from coldpress.errors import StepError
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.encoders import is_encoder
@@ -50,7 +51,7 @@ def in_turn(metric: Metric) -> bool:
 
 def needs_torch(metric: Metric, kinds: set[str]) -> bool:
     """Whether a process that never imports torch can measure models of these kinds."""
-    named = metric.type == "accuracy" and metric.backend == "torch_metrics"
+    named = metric.type == "accuracy" and any(sub.name in TORCH_METRICS for sub in metric.sub_types)
     return "checkpoint" in kinds or metric.type in ("custom", "lm_eval") or named
 
 
@@ -97,10 +98,15 @@ def refusal(metric: Metric, config: Mapping[str, Any] | None) -> tuple[str, str 
             return f"{metric.name}: cosine_similarity is of embeddings, and the model is a decoder", "use kl"
         return None
     kind = next(iter(config.get("architectures") or ["an encoder"]))
-    classifies = str(kind).endswith("ForSequenceClassification")
+    classifies = is_classifier(config)
     if metric.type in ("generation", "perplexity", "lm_eval"):
         return f"{metric.name}: the model is an encoder ({kind}) and writes nothing, so it has no {metric.type}", None
-    if metric.type == "divergence" and any(sub.name != "cosine_similarity" for sub in metric.sub_types):
+    if metric.type == "divergence" and any((sub.name == "cosine_similarity") == classifies for sub in metric.sub_types):
+        if classifies:
+            return (
+                f"{metric.name}: the model has classes ({kind}) and no embeddings",
+                "use kl, which is of classes then",
+            )
         return f"{metric.name}: the model is an encoder ({kind}) and predicts no next token", "use cosine_similarity"
     if metric.type == "accuracy" and not classifies:
         return (

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from coldpress.artifacts.base import Artifact
+from coldpress.artifacts.classifiers import is_classifier
 from coldpress.config.schema import DataConfig
-from coldpress.data.templates import Encoded, encode
+from coldpress.data.templates import Encoded, Rendered, encode
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 from coldpress.evaluate.abilities import EncodingRunner, GeneratingRunner, LogitsRunner
 from coldpress.evaluate.answers import AnswerSet, check_labels, read_texts
+from coldpress.evaluate.classifier import ends_of, has_layout, with_ends
+from coldpress.evaluate.encoders import config_of
 from coldpress.evaluate.likelihood import log_softmax, score_candidates
 from coldpress.evaluate.runners import batches_of
 from coldpress.events import Progress, Sink
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Predictions", "by_generation", "by_head", "by_likelihood"]
+__all__ = ["Predictions", "by_generation", "by_head", "by_likelihood", "read_by_head"]
 
 _RENDERED_AT_ONCE = 4096
 """Texts that are tokenized in one call."""
@@ -163,6 +167,7 @@ def by_head(
     runner: EncodingRunner,
     tokenizer: Tokenizer,
     config: DataConfig,
+    model: Artifact,
     *,
     batch_size: int = 32,
     emit: Sink | None = None,
@@ -179,7 +184,7 @@ def by_head(
         )
     named = [_class_name(answer, runner.labels) for answer in answers]
     check_labels(named, records.places, runner.labels, config.name)
-    ids = [list(one.ids) for one in tokenizer.backend.encode_batch(texts, add_special_tokens=True)]
+    ids = read_by_head(texts, config, tokenizer, model)
     limit = runner.context_length
     kept = [row for row, one in enumerate(ids) if limit is None or len(one) <= limit]
     if not kept:
@@ -200,6 +205,16 @@ def by_head(
         left_out=len(ids) - len(kept),
         scores=scores[kept],
     )
+
+
+def read_by_head(texts: Sequence[str], config: DataConfig, tokenizer: Tokenizer, model: Artifact) -> list[list[int]]:
+    """Tokens of texts as a model with a head of its own reads them: as it was trained, where the family is known."""
+    known = config_of(model)
+    if not is_classifier(known) or not has_layout(known):
+        return [list(one.ids) for one in tokenizer.backend.encode_batch(list(texts), add_special_tokens=True)]
+    pre = config.pre_process_data_config.model_copy(update={"label_col": None, "completion_only_loss": False})
+    encoded = encode([Rendered(text) for text in texts], pre, tokenizer)
+    return [with_ends(model, one.ids, *ends_of(tokenizer)) for one in encoded]
 
 
 def _class_name(answer: str, labels: Sequence[str]) -> str:

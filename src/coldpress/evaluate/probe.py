@@ -17,7 +17,7 @@ from typing import Any
 
 from coldpress.artifacts.base import Artifact
 from coldpress.evaluate.abilities import Needs
-from coldpress.evaluate.encoders import is_encoder
+from coldpress.evaluate.encoders import config_of, is_encoder
 from coldpress.evaluate.runners import open_runner, runner_names
 
 __all__ = ["main", "probe"]
@@ -85,7 +85,7 @@ def _import_libraries(model: Artifact, runner: str) -> None:
 def probe(task: dict[str, Any]) -> dict[str, Any]:
     """Load the model of a task and run its prompt; seconds and bytes by the names of the sub types."""
     model = Artifact.from_record(Path(task["path"]), task["record"])
-    encodes = is_encoder(model.describe().config)
+    encodes = is_encoder(config_of(model))
     needs: Needs = () if encodes else ("generation",)
     choice = task["runner"] or runner_names(model)[0]
     _import_libraries(model, choice)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from coldpress.artifacts.adapter_record import modules_of
 from coldpress.artifacts.base import Artifact, read_json
+from coldpress.artifacts.classifiers import is_classifier
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.config.metrics import RunnerChoice
 from coldpress.errors import PlanError, UnsupportedModelError
 from coldpress.evaluate.abilities import ABILITIES, LogitsRunner, Needs, Runner
-from coldpress.evaluate.encoders import OnnxEncoder, TorchEncoder, is_encoder
+from coldpress.evaluate.classifier import ClassifierRunner, has_layout
+from coldpress.evaluate.encoders import OnnxEncoder, TorchEncoder, config_of, is_encoder
 from coldpress.evaluate.genai_runner import GenAIRunner
 from coldpress.evaluate.onnx_runner import OnnxRunner
 from coldpress.evaluate.torch_runner import LayerwiseRunner, TorchRunner
@@ -107,12 +109,14 @@ def _opened(
     if name == "onnxruntime-genai":
         return GenAIRunner(model.model, adapter=model.adapter)
     provider = model.execution_provider or "CPUExecutionProvider"
-    config = read_json(model.model / "config.json") if (model.model / "config.json").is_file() else {}
-    encodes = is_encoder(config) and not (model.model / "genai_config.json").is_file()
+    config = config_of(model)
+    encodes = is_encoder(config)
     if name == "onnxruntime":
         if encodes:
             return OnnxEncoder(model.model, execution_provider=provider)
         return OnnxRunner(model.model, adapter=model.adapter, execution_provider=provider)
+    if is_classifier(config) and (model.adapter is not None or has_layout(config)):
+        return ClassifierRunner(model, trust_remote_code=trust_remote_code, dtype=dtype)
     if encodes:
         return TorchEncoder(model.model, trust_remote_code=trust_remote_code, dtype=dtype)
     if "generation" not in needs and _runs_in_blocks(model) and (blocks == "always" or _too_large(model)):

@@ -13,6 +13,7 @@ from coldpress.config.metrics import Metric
 from coldpress.config.schema import DataConfig
 from coldpress.errors import PlanError
 from coldpress.evaluate.bench import Bench, OpenRunners
+from coldpress.evaluate.encoders import config_of
 from coldpress.evaluate.measure import measure, refusal
 from coldpress.events import Sink, StepStarted
 from coldpress.goals import is_relative, judge
@@ -69,7 +70,7 @@ def _refuse(models: Mapping[str, Artifact], metrics: Sequence[Metric], baseline:
     problems = []
     hints = []
     for metric in metrics:
-        configs = [None, *(model.describe().config for model in models.values())]
+        configs = [None, *(config_of(model) for model in models.values())]
         refused = next((one for config in configs if (one := refusal(metric, config)) is not None), None)
         if refused is not None:
             problems.append(refused[0])

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from coldpress.artifacts.base import Artifact
 from coldpress.config.schema import DataConfig
 from coldpress.data.prepare import prepare
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
+from coldpress.evaluate.classifier import ends_of, with_ends
 
-__all__ = ["SEQUENCE_TOKENS", "bundled_tokens", "text_sequences"]
+__all__ = ["SEQUENCE_TOKENS", "bundled_tokens", "class_sequences", "text_sequences"]
 
 SEQUENCE_TOKENS = 256
 """Longest sequence that models are compared on; longer ones are cut."""
@@ -28,9 +30,8 @@ def text_sequences(
 ) -> list[list[int]]:
     """Sequences with at least `tokens` positions to compare: text of `data` first, then the bundled text.
 
-    `classes`: the records of `data` have classes, which are no part of their text.
-
     `held_out` (`size`, `seed`) takes only the part of `data` that a training step with that split did not see.
+    `classes`: the records of `data` have classes, which are no part of their text.
     """
     sequences: list[list[int]] = []
     count = 0
@@ -57,6 +58,22 @@ def text_sequences(
     if not sequences:
         raise DataError("there is no text to compare the models on")
     return sequences
+
+
+def class_sequences(
+    model: Artifact,
+    tokenizer: Tokenizer,
+    *,
+    tokens: int,
+    longest: int,
+    data: DataConfig | None = None,
+    held_out: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """The same for a classifier, each between CLS and SEP where it wants them."""
+    found = text_sequences(
+        tokenizer, tokens=tokens, longest=longest - 2, data=data, held_out=held_out, classes=data is not None
+    )
+    return [with_ends(model, one, *ends_of(tokenizer)) for one in found]
 
 
 def bundled_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -105,8 +105,9 @@ class TorchRunner:
         cache = None
         if shared:
             cache = _copied(self._prefix_cache(tuple(prompts[0][:shared])))
-            if len(prompts) > 1:
-                cache.batch_repeat_interleave(len(prompts))
+            for layer in cache.layers:  # one row seen as many: what comes behind it copies it anyway
+                layer.keys = layer.keys.expand(len(prompts), -1, -1, -1)
+                layer.values = layer.values.expand(len(prompts), -1, -1, -1)
         last = [length - shared - 1 for length in lengths]
         kept = sorted(set(last))
         options = {"logits_to_keep": torch.tensor(kept)} if self._keeps else {}
