@@ -367,12 +367,10 @@ class _Planner:
         return tuple(steps)
 
     def _evaluators(self, spec: Spec, steps: tuple[Step, ...]) -> dict[str, Evaluator]:
-        workflow = self.workflow
-        ends = [*([spec] if workflow.evaluate_input_model else []), *(step.spec for step in steps[-1:])]
-        uses = [(workflow.evaluator, ends), *((step.evaluator, [step.spec]) for step in steps)]
-        found, refused = resolve_evaluators(workflow, uses, self.places)
-        for one in refused:
-            self.refuse(*one)
+        ends = [*([spec] if self.workflow.evaluate_input_model else []), *(step.spec for step in steps[-1:])]
+        uses = [(self.workflow.evaluator, ends), *((step.evaluator, [step.spec]) for step in steps)]
+        found, refused = resolve_evaluators(self.workflow, uses, self.places)
+        self.refusals.extend(self._problem(*one) for one in refused)
         return found
 
     def _key(
