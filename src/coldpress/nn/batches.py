@@ -25,7 +25,7 @@ __all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
 
 ROUNDING = 32
 """A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
-kernel for each new shape, half a millisecond each: with rows of any length that was half of the time of short steps."""
+kernel for each new shape, which short steps pay for at every new length."""
 LONG = 512
 
 Form = Literal["packed", "padded", "classes"]

@@ -52,7 +52,7 @@ _PROCESS_BYTES = 330_000_000
 _ALLOCATOR = {"cpu": 1.6, "gpu": 1.15}
 """Memory taken for each byte that is kept: freed pieces that fit nothing, buffers of kernels. Measured on the CPU."""
 _AT_ONCE = {"cpu": 2048, "gpu": 8192}
-"""Tokens of a micro-batch, at most: products of more run no faster (measured on the CPU)."""
+"""Tokens of a micro-batch, at most: matrix products are long enough by then."""
 _LOGITS_BYTES = {"cpu": 2 * (16 << 20), "gpu": 2 * (256 << 20)}
 """A slice of logits and what is computed of it, see nn/cross_entropy.py."""
 _TIGHT = 0.5
@@ -60,7 +60,7 @@ _TIGHT = 0.5
 _ROOM = 0.85
 """Part of the free memory that a training plans with."""
 _FLOPS_PER_THREAD = {True: 300e9, False: 50e9}
-"""Reached while training on a CPU, by whether products run in bf16; measured on one machine with AMX."""
+"""Roughly reached while training on a CPU, by whether products run in bf16."""
 _GPU_FLOPS = 100e12
 _BYTES_PER_TOKEN = 4.0
 """Of text, in English."""
