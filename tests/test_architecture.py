@@ -22,6 +22,7 @@ FLOORS = (
     {"passes", "evaluate"},
     {"parity", "systems", "chat"},
     {"engine"},
+    {"search"},
     {"api", "testing"},
     {"cli"},
     {"__main__"},

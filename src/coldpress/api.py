@@ -44,9 +44,14 @@ def run(
     sinks: Iterable[Sink] = (),
     trust_remote_code: bool = False,
 ) -> RunResult:
-    """Run a workflow and return what came out.
+    """Run a workflow, or search its space, and return what came out.
 
     Raises ConfigError before any work, StepError (ParityError, TrainingError ...) when a step fails, Interrupted when
     it is stopped. What was finished is kept: the same call goes on from there. `sinks` get the progress events.
     """
-    return _run(load_config(source, overrides), sinks=sinks, trust_remote_code=trust_remote_code)
+    loaded = load_config(source, overrides)
+    if loaded.space is not None:
+        from coldpress.search.driver import search
+
+        return search(loaded, sinks=sinks, trust_remote_code=trust_remote_code)
+    return _run(loaded, sinks=sinks, trust_remote_code=trust_remote_code)

@@ -14,6 +14,7 @@
     │   └── WorkerKilledError          1   the operating system ended the step's process
     ├── StoreError                     1   the cache or an output folder cannot be read or written
     │   └── DiskFullError              1   no space left
+    ├── UnmetError                     3   a search is done, and nothing that it may hand over meets the goals
     └── Interrupted                  130   the user stopped the run
 
 A message says the rule, the value, the place and the way out. `hint` is the way out where it fits on one line.
@@ -38,6 +39,7 @@ __all__ = [
     "StepError",
     "StoreError",
     "TrainingError",
+    "UnmetError",
     "UnsupportedModelError",
     "UsageError",
     "WorkerKilledError",
@@ -143,6 +145,12 @@ class StoreError(ColdpressError):
 
 class DiskFullError(StoreError):
     """No space left on the device."""
+
+
+class UnmetError(ColdpressError):
+    """A search is done, and no candidate met the goals, and none can be handed over."""
+
+    exit_code = 3
 
 
 class Interrupted(ColdpressError):

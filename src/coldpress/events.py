@@ -19,10 +19,14 @@ __all__ = [
     "RunFinished",
     "RunStarted",
     "ScoreMeasured",
+    "SearchFinished",
+    "SearchStarted",
     "Sink",
     "StepFailed",
     "StepFinished",
     "StepStarted",
+    "TrialFinished",
+    "TrialStarted",
     "event_from_dict",
     "event_to_dict",
     "event_to_json",
@@ -152,6 +156,49 @@ class StepFailed:
 
 
 @dataclass(frozen=True)
+class SearchStarted:
+    workflow: str
+    sampler: str
+    space: int
+    """Settings there are."""
+    trials: int
+    """Settings that will be tried at most."""
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """What its steps and scores tell comes with `trial N` before their names, until it is finished."""
+
+    number: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialFinished:
+    number: int
+    settings: Mapping[str, Any]
+    state: str
+    """feasible, infeasible, failed, or pruned: not run, because the plan proves that it is out of bounds."""
+    why: str
+    """What stopped it; empty for a feasible one."""
+    figures: Mapping[str, str]
+    """What was measured, as people read it."""
+    seconds: float
+    best: bool
+    """Whether it is the best so far."""
+
+
+@dataclass(frozen=True)
+class SearchFinished:
+    trials: int
+    feasible: int
+    winner: int | None
+    """Number of the trial that is handed over; None where there is no model to hand over."""
+    why: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class RunFailed:
     """The end of a run that did not reach its end; also of one that was refused before it began."""
 
@@ -179,6 +226,10 @@ Event = (
     | ScoreMeasured
     | StepFinished
     | StepFailed
+    | SearchStarted
+    | TrialStarted
+    | TrialFinished
+    | SearchFinished
     | RunFailed
     | RunFinished
 )
@@ -196,6 +247,10 @@ _TYPES: dict[str, type[Any]] = {
         ScoreMeasured,
         StepFinished,
         StepFailed,
+        SearchStarted,
+        TrialStarted,
+        TrialFinished,
+        SearchFinished,
         RunFailed,
         RunFinished,
     )

@@ -19,19 +19,23 @@ __all__ = [
     "FAILED_FILE",
     "RECORD_FILE",
     "DataRecord",
+    "DimensionRecord",
     "ErrorRecord",
     "GoalRecord",
     "GpuRecord",
     "HardwareRecord",
     "ModelRecord",
+    "ObjectiveRecord",
     "OutputRecord",
     "ParityRecord",
     "RunRecord",
     "ScoreRecord",
+    "SearchRecord",
     "StepRecord",
     "TrainedRecord",
     "TrainingRecord",
     "TrainingSummary",
+    "TrialRecord",
     "read_run",
     "read_training",
     "record_json_schema",
@@ -325,6 +329,91 @@ class ErrorRecord(_Part):
     """The comparison that refused the step's result."""
 
 
+class DimensionRecord(_Part):
+    """One thing that a search may choose."""
+
+    name: str
+    """Step and parameter, or the step where it chooses between passes."""
+    choices: tuple[Any, ...]
+    """Its values."""
+
+
+class ObjectiveRecord(_Part):
+    """A number that a search makes better."""
+
+    metric: str
+    """The metric's name in the config."""
+    sub_type: str
+    """Which number of it."""
+    unit: str = ""
+    """Its unit."""
+    higher_is_better: bool = False
+    """Direction."""
+
+
+class TrialRecord(_Part):
+    """One setting of a search, and what came of it."""
+
+    number: int
+    """From 1, in the order of trying."""
+    settings: Mapping[str, Any]
+    """Dimension -> value."""
+    state: Literal["feasible", "infeasible", "failed", "pruned"]
+    """feasible: measured, every goal met; infeasible: misses a goal, and what is dearer was not measured; failed: an
+    error; pruned: not run, because the plan proves that it is out of bounds."""
+    why: str = ""
+    """What stopped it."""
+    violation: float = 0.0
+    """How much its goals lack, as a share of what they ask, added up."""
+    scores: tuple[ScoreRecord, ...] = ()
+    """What was measured of it."""
+    seconds: float = 0.0
+    """From start to end; what was cached took none."""
+    key: str | None = None
+    """Under which the cache keeps its model."""
+    same_as: int | None = None
+    """Trial that made the very same model."""
+
+
+class SearchRecord(_Part):
+    """A search: its space, its trials, and why this one was handed over."""
+
+    execution_order: str
+    """joint: all steps at once; pass-by-pass: step by step, going on from the best."""
+    sampler: str
+    """sequential, random, tpe or nsga2."""
+    seed: int
+    """Of the sampler."""
+    space: tuple[DimensionRecord, ...]
+    """What could be chosen."""
+    size: int
+    """Settings there are."""
+    objectives: tuple[ObjectiveRecord, ...]
+    """The first decides first."""
+    trials: tuple[TrialRecord, ...]
+    """All that were tried, in order."""
+    front: tuple[int, ...]
+    """Trials that no other feasible one beats in every objective."""
+    winner: int | None
+    """The trial that is handed over."""
+    why: str
+    """Why it is."""
+    met: bool
+    """Whether it meets every goal."""
+    nearest: tuple[int, ...] = ()
+    """Where nothing met the goals: the trials that lack the least."""
+    config: Mapping[str, Any] | None = None
+    """The config of the winner alone, without the search."""
+    steps_run: int = 0
+    """Steps that were worked on."""
+    steps_shared: int = 0
+    """Steps that a trial found done, by another trial or an earlier run."""
+    seconds: float = 0.0
+    """From start to end."""
+    stopped: str = ""
+    """What ended it before every setting was tried; empty where all were."""
+
+
 class RunRecord(_Part):
     """A run: what it was asked, where it ran, what it did, what it measured, what it handed over."""
 
@@ -362,6 +451,8 @@ class RunRecord(_Part):
     """Everything that evaluators measured, in order."""
     warnings: tuple[str, ...] = ()
     """All that was warned of."""
+    search: SearchRecord | None = None
+    """The search that chose these steps; null without one."""
     error: ErrorRecord | None = None
     """Why it failed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ from coldpress.events import (
     RunFinished,
     RunStarted,
     ScoreMeasured,
+    SearchFinished,
+    SearchStarted,
     StepFailed,
     StepFinished,
     StepStarted,
+    TrialFinished,
     event_to_json,
 )
 from coldpress.units import duration, quantity, size, spread
@@ -102,9 +106,17 @@ class PlainLines:
         self._between = seconds_between_progress
         self._width = 0
         self._phase = _Phase()
+        self._trials = 0
+        """Of the search that is under way, at most; a trial is then one line, whatever its steps tell."""
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, StepStarted):
+        if isinstance(event, SearchStarted):
+            self._trials = event.trials
+        if isinstance(event, SearchFinished):
+            self._trials = 0
+        if self._trials and isinstance(event, StepFinished | StepFailed | ScoreMeasured | ParityMeasured):
+            self._phase = _Phase()
+        elif isinstance(event, StepStarted):
             name = _PHASES.get(event.kind, event.kind)
             self._phase = _Phase(event.step, f"{name} {event.detail}".rstrip())
         elif isinstance(event, Progress):
@@ -113,9 +125,9 @@ class PlainLines:
         else:
             if isinstance(event, RunStarted):
                 self._width = max((len(name) for name in (*event.steps, "input")), default=8)
-            if isinstance(event, StepFinished | StepFailed | ScoreMeasured | ParityMeasured):
+            if isinstance(event, StepFinished | StepFailed | ScoreMeasured | ParityMeasured | TrialFinished):
                 self._phase = _Phase()
-            text = _text(event, self._width)
+            text = _text_of_search(event, self._trials) or _text(event, self._width)
             if text is not None:
                 self.line(text)
 
@@ -224,6 +236,39 @@ def _text(event: Event, width: int) -> str | None:
 
         return "\n".join(["", *ending(Path(event.record))])
     return None
+
+
+_STATES = {
+    "feasible": ("meets every goal", "green"),
+    "infeasible": ("out", "yellow"),
+    "failed": ("failed", "red"),
+    "pruned": ("not run", "cyan"),
+}
+
+
+def _text_of_search(event: Event, trials: int) -> str | None:
+    if isinstance(event, SearchStarted):
+        many = f"{event.space:,} settings" if event.space != 1 else "one setting"
+        least = "" if event.trials >= event.space else f", at most {event.trials:,} trials"
+        return f"search  {event.sampler} over {many}{least}"
+    if isinstance(event, TrialFinished):
+        said, colour = _STATES[event.state]
+        sign = click.style("best so far" if event.best else said, fg=colour, bold=event.best)
+        settings = ", ".join(f"{name.rpartition('.')[2]} {_plain(value)}" for name, value in event.settings.items())
+        figures = ", ".join(f"{name} {value}" for name, value in event.figures.items())
+        why = "" if event.best or not event.why else f": {event.why}"
+        took = f"  {duration(event.seconds)}" if event.seconds else ""
+        number = f"trial {event.number:>{len(str(trials))}d}"
+        return "  ".join(part for part in (number, settings or "as it is", f"{sign}{why}", figures + took) if part)
+    if isinstance(event, SearchFinished):
+        some = f"{event.feasible} of {event.trials} trials meet every goal"
+        chosen = "" if event.winner is None else f"; trial {event.winner} is handed over: {event.why}"
+        return f"search  {some}{chosen} ({duration(event.seconds)})"
+    return None
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _goal(event: ScoreMeasured) -> str:

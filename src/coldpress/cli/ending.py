@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coldpress.record import RunRecord, read_run
 from coldpress.report.page import REPORT_FILE
+from coldpress.report.search import settings_text
 from coldpress.summary import Comparison, comparisons
 from coldpress.units import duration, size
 
@@ -19,7 +20,7 @@ LINES = 10
 def ending(record: Path) -> list[str]:
     """Before and after of every figure, proofs, training, cost, and where the files are."""
     run, _ = read_run(record)
-    below = [*_training(run), *_proofs(run), *_cost(run), *_warnings(run), *_places(run, record)]
+    below = [*_search(run), *_training(run), *_proofs(run), *_cost(run), *_warnings(run), *_places(run, record)]
     figures = [(row.name, _figure(row)) for row in comparisons(run) if row.after is not None]
     room = LINES - len(below)
     if len(figures) > room:
@@ -36,6 +37,14 @@ def _figure(row: Comparison) -> str:
         return after
     judged = ", ".join(part for part in (row.change, row.judgement) if part)
     return f"{row.before.text(row.unit)} → {after}" + (f"  ({judged})" if judged else "")
+
+
+def _search(run: RunRecord) -> Iterator[tuple[str, str]]:
+    found = run.search
+    if found is None or found.winner is None:
+        return
+    settings = next((settings_text(one.settings) for one in found.trials if one.number == found.winner), "")
+    yield "search", f"trial {found.winner} of {len(found.trials)} ({settings or 'as it is'}): {found.why}"
 
 
 def _training(run: RunRecord) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from coldpress.artifacts.base import Artifact
 from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.engine.logs import log_folder
 from coldpress.engine.plan import Plan, Step
+from coldpress.errors import Interrupted
 from coldpress.events import Event, Sink
 from coldpress.registry import PASSES
 from coldpress.systems.group import WorkerGroup
@@ -34,6 +35,7 @@ class Crew:
         """Of the step that runs, where several processes run it."""
         self._preload: dict[bool, tuple[str, ...]] = {True: (), False: ()}
         self._light_soon = False
+        self._ended = False
 
     def warm_up(self, plan: Plan) -> None:
         """Start the process with torch, if it will be needed: its imports are long. The other one follows."""
@@ -86,13 +88,15 @@ class Crew:
         return result
 
     def stop(self) -> None:
-        """Ask the processes to save their work, then end them."""
+        """Ask the processes to save their work, then end them; there will be no further ones."""
+        self._ended = True
         for busy in (self._group, *self._workers.values()):
             if busy is not None:
                 busy.stop()
 
     def close(self) -> None:
-        """End idle processes."""
+        """End the processes, those that are busy too; there will be no further ones."""
+        self._ended = True
         for ended in (self._group, *self._workers.values()):
             if ended is not None:
                 ended.close()
@@ -105,6 +109,8 @@ class Crew:
         self._emit(event)
 
     def _worker(self, torch: bool) -> Worker:
+        if self._ended:
+            raise Interrupted("the run has ended")
         worker = self._workers.get(torch)
         if worker is None or not worker.alive:
             few = {} if self._threads is None else dict.fromkeys(_THREADS, str(self._threads))

@@ -29,7 +29,7 @@ from coldpress.hardware import library_versions
 from coldpress.scores import Measurement
 from coldpress.systems.job import artifact_to_dict
 
-__all__ = ["INPUT", "Evaluation"]
+__all__ = ["INPUT", "Baselines", "Evaluation"]
 
 INPUT = "input"
 _VERSION = 2
@@ -39,6 +39,8 @@ _UNMEASURED = {"name", "batch_size", "data_config"}
 """Keys of a metric that change nothing about its numbers; the data is identified by its contents."""
 
 Perform = Callable[..., dict[str, Any]]
+Baselines = dict[tuple[str, str], Score]
+"""Scores of the input: (identity of the metric, sub type) -> score."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,11 @@ class _Model:
 class Evaluation:
     """What has been measured so far. `perform` does a job of kind `evaluate` (see `engine.run`)."""
 
-    def __init__(self, plan: Plan, perform: Perform, emit: Sink) -> None:
+    def __init__(self, plan: Plan, perform: Perform, emit: Sink, *, baselines: Baselines | None = None) -> None:
+        """`baselines`: what is known of the input already, from another plan of the same workflow."""
         self._plan, self._perform, self._emit = plan, perform, emit
         self._input: _Model | None = None
-        self._baselines: dict[tuple[str, str], Score] = {}
-        """Of the input: (identity of the metric, sub type) -> score."""
+        self.baselines: Baselines = dict(baselines or {})
         self.scores: list[Score] = []
         self.unmet: list[Score] = []
         """Of the last result: goals that it does not meet."""
@@ -67,27 +69,37 @@ class Evaluation:
             return
         self._input = _Model(INPUT, model, key)
         for metric in self._of_input():
-            if not in_turn(metric):
+            known = all((self._identity(metric), sub.name) in self.baselines for sub in metric.sub_types)
+            if not in_turn(metric) and not known:
                 found = self._found(metric, [self._input])
                 self._take(metric, self._input, *found[INPUT])
 
     def step(self, step: Step, model: Artifact, key: str, *, last: bool) -> None:
         """Measure a result by the step's evaluator, and the last one by the workflow's."""
+        for metric, decides in self.metrics_of(step, last=last):
+            self.measure(metric, step.name, model, key, decides=decides)
+
+    def metrics_of(self, step: Step, *, last: bool) -> list[tuple[Metric, bool]]:
+        """What a result is measured by, each with whether its goals decide over the run."""
         final = self._plan.loaded.workflow.evaluator if last else None
         decides = final if final is not None else step.evaluator if last else None
-        for name in dict.fromkeys((step.evaluator, final)):
-            if name is not None:
-                for metric in self._evaluator(name).measured:
-                    self._measure(metric, _Model(step.name, model, key), decides=name == decides)
+        names = [name for name in dict.fromkeys((step.evaluator, final)) if name is not None]
+        return [(metric, name == decides) for name in names for metric in self._evaluator(name).measured]
 
-    def _measure(self, metric: Metric, model: _Model, *, decides: bool) -> None:
+    def measure(self, metric: Metric, label: str, model: Artifact, key: str, *, decides: bool) -> list[Score]:
+        """Scores of a result by one metric; its cost is measured beside the input's."""
+        candidate = _Model(label, model, key)
         beside = [self._input] if in_turn(metric) and self._input is not None else []
-        found = self._found(metric, [*beside, model])
+        found = self._found(metric, [*beside, candidate])
         for one in beside:
             self._take(metric, one, *found[one.label])
-        for score in self._take(metric, model, *found[model.label]):
-            if decides and score.goal is not None and not score.goal.met:
-                self.unmet.append(score)
+        scores = self._take(metric, candidate, *found[label])
+        self.unmet += [score for score in scores if decides and score.goal is not None and not score.goal.met]
+        return scores
+
+    def baseline(self, metric: Metric, sub_type: str) -> Score | None:
+        """The input's score of this number, if it was measured."""
+        return self.baselines.get((self._identity(metric), sub_type))
 
     def _of_input(self) -> Iterator[Metric]:
         """Metrics of the workflow's evaluator, and those of a pass's whose goals compare with the input."""
@@ -142,10 +154,9 @@ class Evaluation:
             sub = next((sub for sub in metric.sub_types if sub.name == one.sub_type), None)
             score = Score.of(model.label, metric.name, one, priority=-1 if sub is None else sub.priority, cached=cached)
             if model.label == INPUT:
-                self._baselines[identity, one.sub_type] = score
+                self.baselines[identity, one.sub_type] = score
             elif sub is not None and sub.goal is not None:
-                baseline = self._baselines.get((identity, one.sub_type))
-                score = dataclasses.replace(score, goal=judge(sub.goal, score, baseline))
+                score = dataclasses.replace(score, goal=judge(sub.goal, score, self.baseline(metric, one.sub_type)))
             made.append(score)
             self._record(score)
         return made

@@ -19,6 +19,7 @@ from pathlib import Path
 import coldpress
 from coldpress.artifacts.base import Artifact, Spec, read_json
 from coldpress.artifacts.weight_files import weight_bytes
+from coldpress.config.load import LoadedConfig
 from coldpress.engine.plan import Plan, Step, input_artifact
 from coldpress.engine.result import Score, StepResult
 from coldpress.engine.store import disk_errors, write_json
@@ -36,6 +37,7 @@ from coldpress.record import (
     ParityRecord,
     RunRecord,
     ScoreRecord,
+    SearchRecord,
     StepRecord,
     TrainingSummary,
     read_training,
@@ -65,6 +67,10 @@ class Outcome:
     warnings: Sequence[str]
     parities: Sequence[ParityMeasured] = field(default=(), repr=False)
     """Everything that was compared, also what was refused."""
+    search: SearchRecord | None = field(default=None, repr=False)
+    """What chose the steps."""
+    asked: LoadedConfig | None = field(default=None, repr=False)
+    """The config with the search in it; None is the plan's."""
 
     def write(self, model: Path) -> Path:
         """Write all of it beside the model that was handed over; the record, which is returned, comes last."""
@@ -106,15 +112,16 @@ class Outcome:
 
     def _record(self, steps: tuple[StepRecord, ...]) -> RunRecord:
         plan = self.plan
+        asked = self.asked or plan.loaded
         model = input_artifact(plan)
         return RunRecord(
             coldpress=coldpress.__version__,
             workflow=plan.loaded.workflow.workflow_id,
             started=self.started,
             seconds=round(self.seconds, 3),
-            config_file=str(plan.loaded.path.resolve()) if plan.loaded.path else None,
-            dialect=plan.loaded.dialect,
-            config=plan.loaded.document,
+            config_file=str(asked.path.resolve()) if asked.path else None,
+            dialect=asked.dialect,
+            config=asked.document,
             hardware=HardwareRecord.model_validate(dataclasses.asdict(plan.hardware)),
             libraries=library_versions(LIBRARIES),
             input={"key": plan.input_key, "path": str(model.model)},
@@ -122,6 +129,7 @@ class Outcome:
             steps=steps,
             scores=tuple(ScoreRecord.model_validate(dataclasses.asdict(score)) for score in self.scores),
             warnings=tuple(self.warnings),
+            search=self.search,
         )
 
     def _step(self, result: StepResult) -> StepRecord:

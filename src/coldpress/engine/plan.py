@@ -62,6 +62,8 @@ class Step:
     """Machines whose processes run it together; empty is one process here."""
     line: int | None
     unknown: str | None = None
+    model_bytes: int = 0
+    """Of the result's weights on disk, or less; 0 where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ class _Planner:
             estimate: Estimate | None = None
             limits = None
             notes: tuple[str, ...] = ()
+            weights: int | None = 0
             before = spec
             if unknown is None:
                 try:
@@ -342,6 +345,9 @@ class _Planner:
                         estimate, said = together(estimate, mine)
                         notes = (said, *notes)
                     limits = made.limits(entry.config, before)
+                    weights = planned.model_bytes
+                    if weights is None:  # what is stored quantized has fewer bytes than it reads as
+                        weights = 0 if spec.packings else spec.bytes
             key = None if key is None or spec.unknown else self._key(made, entry, key, accelerator, ranks, data)
             cached = not self.workflow.clean_cache and key is not None and self.store.get(key) is not None
             parity = entry.parity or self.workflow.parity
@@ -362,6 +368,7 @@ class _Planner:
                     hosts=mine,
                     line=self.loaded.line_of(f"passes.{name}"),
                     unknown=spec.unknown,
+                    model_bytes=weights or 0,
                 )
             )
         return tuple(steps)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldpress.events import ParityMeasured
+from coldpress.record import SearchRecord
 from coldpress.scores import Score
 
 __all__ = ["RunResult", "Score", "StepResult"]
@@ -47,6 +48,8 @@ class RunResult:
     seconds: float
     unmet: tuple[Score, ...] = ()
     """Scores of the final model that do not meet their goals."""
+    search: SearchRecord | None = None
+    """The search that chose the steps; None without one."""
 
     def score(self, model: str, metric: str | None = None, sub_type: str | None = None) -> Score:
         """The first such score of `input` or of a step; raises KeyError."""

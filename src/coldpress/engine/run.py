@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Iterable
@@ -19,8 +20,9 @@ from coldpress.engine.steps import Steps
 from coldpress.engine.store import Entry, disk_errors, publish
 from coldpress.errors import ColdpressError, Interrupted, PlanError, StoreError
 from coldpress.events import Event, Message, ParityMeasured, RunFinished, RunStarted, Sink
+from coldpress.record import SearchRecord
 
-__all__ = ["complete_plan", "run", "run_plan"]
+__all__ = ["Before", "complete_plan", "run", "run_plan"]
 
 
 def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: bool = False) -> RunResult:
@@ -32,23 +34,42 @@ def run(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_code: 
     return run_plan(complete_plan(loaded, trust_remote_code=trust_remote_code), tuple(sinks))
 
 
-def complete_plan(loaded: LoadedConfig, *, trust_remote_code: bool = False) -> Plan:
-    """A plan that can run, of a model that is here: it is downloaded if need be. Raises ConfigError."""
+def complete_plan(loaded: LoadedConfig, *, trust_remote_code: bool = False, any_steps: bool = False) -> Plan:
+    """A plan that can run, of a model that is here: it is downloaded if need be. Raises ConfigError.
+
+    With `any_steps` its steps may be refused: a search has others.
+    """
     plan = make_plan(loaded, trust_remote_code=trust_remote_code, hash_everything=True)
     if plan.model.hub_id is not None:
         check_plan(plan, to_run=True)
         _download(plan.model.hub_id, plan.model.revision)
         plan = make_plan(loaded, trust_remote_code=trust_remote_code, hash_everything=True)
-    check_plan(plan, to_run=True)
+    if any_steps:
+        kept = tuple(one for one in plan.refusals if not one.path.startswith("passes."))
+        check_plan(dataclasses.replace(plan, refusals=kept), to_run=True)
+    else:
+        check_plan(plan, to_run=True)
     plan.store.prepare()
     with disk_errors(plan.store.root):
         plan.store.digests.save()
     return plan
 
 
-def run_plan(plan: Plan, sinks: tuple[Sink, ...]) -> RunResult:
+@dataclasses.dataclass(frozen=True)
+class Before:
+    """What led to a run: a search that chose its steps."""
+
+    search: SearchRecord
+    config: LoadedConfig
+    """With the search in it."""
+    seconds: float
+    started: str
+    warnings: tuple[str, ...]
+
+
+def run_plan(plan: Plan, sinks: tuple[Sink, ...], before: Before | None = None) -> RunResult:
     """Do what a plan says; see `run`."""
-    session = _Session(plan, sinks)
+    session = _Session(plan, sinks, before)
     try:
         with plan.store.in_use():
             return session.run()
@@ -98,18 +119,19 @@ def _download(hub_id: str, revision: str | None) -> None:
 class _Session:
     """One run: its plan, its worker processes, what it has measured so far."""
 
-    def __init__(self, plan: Plan, sinks: tuple[Sink, ...]) -> None:
+    def __init__(self, plan: Plan, sinks: tuple[Sink, ...], before: Before | None) -> None:
         self.plan = plan
+        self.before = before
         self.sinks = sinks
         self.crew = Crew(plan.loaded.workflow.workflow_id, plan.store.root / "logs", self.emit)
         self.steps = Steps(plan, self.crew, self.emit)
         self.evaluation = Evaluation(plan, functools.partial(self.crew.perform, plan), self.emit)
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [] if before is None else [*before.warnings]
         self.parities: list[ParityMeasured] = []
         self.under_way: str | None = None
         """Step that is worked on."""
         self.started = time.perf_counter()
-        self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z") if before is None else before.started
 
     def emit(self, event: Event) -> None:
         if isinstance(event, Message) and event.level == "warning":
@@ -146,14 +168,15 @@ class _Session:
         self.emit(RunFinished(str(output), outcome.seconds, str(record)))
         return RunResult(
             output, record, tuple(self.steps.results), tuple(self.evaluation.scores), outcome.seconds,
-            tuple(self.evaluation.unmet),
+            tuple(self.evaluation.unmet), None if self.before is None else self.before.search,
         )  # fmt: skip
 
     def _outcome(self) -> Outcome:
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.started + (0.0 if self.before is None else self.before.seconds)
+        search, asked = (None, None) if self.before is None else (self.before.search, self.before.config)
         return Outcome(
             self.plan, self.started_at, seconds, self.steps.results, self.evaluation.scores, self.warnings,
-            self.parities,
+            self.parities, search, asked,
         )  # fmt: skip
 
     def failed(self, error: ColdpressError) -> None:

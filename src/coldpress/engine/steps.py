@@ -6,11 +6,10 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import coldpress
 from coldpress.artifacts.base import Artifact
-from coldpress.engine.crew import Crew
 from coldpress.engine.logs import log_folder, logs_elsewhere, reporters_of
 from coldpress.engine.outcome import LIBRARIES
 from coldpress.engine.plan import Plan, Step
@@ -22,13 +21,23 @@ from coldpress.events import Message, Sink, StepFailed, StepFinished, StepStarte
 from coldpress.hardware import library_versions
 from coldpress.systems.job import artifact_from_dict, artifact_to_dict
 
-__all__ = ["Steps"]
+__all__ = ["Steps", "Workers"]
+
+
+class Workers(Protocol):
+    """Who does the jobs: a crew."""
+
+    def perform(
+        self, plan: Plan, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
+    ) -> dict[str, Any]: ...
+
+    def run_pass(self, plan: Plan, step: Step, model: Artifact, out: Path, work: Path) -> dict[str, Any]: ...
 
 
 class Steps:
     """Does the steps of one plan with a crew, and keeps what came out."""
 
-    def __init__(self, plan: Plan, crew: Crew, emit: Sink) -> None:
+    def __init__(self, plan: Plan, crew: Workers, emit: Sink) -> None:
         self.plan, self._crew, self._emit = plan, crew, emit
         self.results: list[StepResult] = []
         """Of the steps that are done."""

@@ -24,7 +24,7 @@ from coldpress.evaluate.encoders import is_encoder
 from coldpress.registry import nearest
 from coldpress.scores import Measurement
 
-__all__ = ["in_turn", "measure", "needs_torch", "refusal"]
+__all__ = ["in_turn", "is_cost", "measure", "needs_torch", "refusal"]
 
 _QUALITY = {
     "accuracy": "coldpress.evaluate.accuracy:measure",
@@ -44,9 +44,14 @@ _COST = {
 _DIRECTED_BY_USER = ("custom",)
 
 
+def is_cost(kind: str) -> bool:
+    """Whether a type of metric is of what it costs to run a model."""
+    return kind in _COST
+
+
 def in_turn(metric: Metric) -> bool:
     """Whether models are measured side by side: what it costs to run them."""
-    return metric.type in _COST
+    return is_cost(metric.type)
 
 
 def needs_torch(metric: Metric, kinds: set[str]) -> bool:

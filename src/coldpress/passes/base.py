@@ -54,6 +54,8 @@ class Planned:
     estimate: Estimate
     notes: tuple[str, ...] = ()
     """Choices worth telling before the run, one line each."""
+    model_bytes: int | None = None
+    """Of the result's weights on disk, or less; None: those of the spec's tensors."""
 
 
 @dataclass(frozen=True)

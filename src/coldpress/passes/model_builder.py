@@ -97,7 +97,7 @@ class ModelBuilder:
             disk=size + _MODEL_FILE_BYTES,
             seconds=2.0 + spec.parameters / (rate if quantized else 0.5e9) * (1 if choice.prompt is None else 2),
         )
-        return Planned(built, estimate, choice.notes)
+        return Planned(built, estimate, choice.notes, model_bytes=size)
 
     def limits(self, config: ModelBuilderConfig, spec: Spec) -> Limits | None:
         """None where the model no longer goes from tokens to logits."""

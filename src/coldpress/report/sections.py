@@ -1,12 +1,12 @@
 """The sections of a report, one function each: what it says, from the record; None where there is nothing to say.
 
-A section is the name of a template, the values for it, and its charts. `SECTIONS` is the order of a run's page; a
-search will add its own (Pareto front, history) there.
+A section is the name of a template, the values for it, and its charts. `SECTIONS` is the order of a run's page.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,22 @@ from typing import Any
 from coldpress.record import DataRecord, ModelRecord, StepRecord
 from coldpress.report.charts import Chart, cost_chart, curve_chart, logged, score_charts
 from coldpress.report.runs import Run
+from coldpress.report.search import history_chart, pareto_chart, trial_rows
 from coldpress.summary import Comparison, comparisons, models_of, parity_text
 from coldpress.units import duration, size
 
-__all__ = ["SECTIONS", "Section", "failure", "machine", "reproduce", "scores", "steps", "training", "warnings"]
+__all__ = [
+    "SECTIONS",
+    "Section",
+    "failure",
+    "machine",
+    "reproduce",
+    "scores",
+    "search",
+    "steps",
+    "training",
+    "warnings",
+]
 
 _SHOWN_PARAMETERS = 160
 """Characters of a step's parameters in the table; all of them stand in the config."""
@@ -74,6 +86,30 @@ def _score_row(row: Comparison, models: list[str]) -> dict[str, Any]:
     }
 
 
+def search(run: Run) -> Section | None:
+    """Why these settings: the trials, the front, the history."""
+    found = run.record.search
+    if found is None:
+        return None
+    rows = trial_rows(found)
+    before = [score for score in run.record.scores if score.model == "input"]
+    states = Counter(trial.state for trial in found.trials)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    winner = next((row for row in rows if row["winner"]), None)
+    values = {
+        "search": found,
+        "rows": rows,
+        "winner": None if winner is None else winner["trial"],
+        "settings": "" if winner is None else winner["settings"],
+        "counts": counts or "none",
+        "time": duration(found.seconds),
+        "nearest": [row for number in found.nearest for row in rows if row["trial"].number == number],
+        "config": None if found.config is None else json.dumps(found.config, indent=2, ensure_ascii=False),
+    }
+    charts = [chart for chart in (pareto_chart(found, before), history_chart(found)) if chart is not None]
+    return Section("search", "Search", "search.html", values, tuple(charts))
+
+
 def steps(run: Run) -> Section | None:
     """What each step did, cost and changed."""
     record = run.record
@@ -106,7 +142,9 @@ def _step_row(run: Run, step: StepRecord, before: ModelRecord | None) -> dict[st
 
 def _parameters(run: Run, step: str) -> dict[str, Any]:
     """The parameters of a step as the config has them, those of every step left out."""
-    passes = run.record.config.get("passes")
+    search = run.record.search
+    config = run.record.config if search is None or search.config is None else search.config
+    passes = config.get("passes")
     entry = passes.get(step) if isinstance(passes, Mapping) else None
     return {} if not isinstance(entry, Mapping) else {k: v for k, v in entry.items() if k not in _LAID_ASIDE}
 
@@ -202,6 +240,6 @@ def _quoted(path: str) -> str:
 
 
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
-    failure, warnings, scores, steps, training, machine, reproduce,
+    failure, warnings, scores, search, steps, training, machine, reproduce,
 )  # fmt: skip
 """In the page's order."""

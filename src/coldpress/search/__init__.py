@@ -1,0 +1,1 @@
+"""Search: which settings meet the goals, and which of those is the best."""

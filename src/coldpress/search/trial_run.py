@@ -1,0 +1,246 @@
+"""One trial: its plan, its steps, and its measurements from cheap to dear for as long as it is in the race."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coldpress.artifacts.base import Artifact
+from coldpress.config.load import LoadedConfig
+from coldpress.config.space import Point
+from coldpress.engine.crew import Crew
+from coldpress.engine.evaluation import Baselines, Evaluation
+from coldpress.engine.plan import Plan, Step, input_artifact, make_plan
+from coldpress.engine.steps import Steps
+from coldpress.errors import ColdpressError, ConfigError, Interrupted, StoreError
+from coldpress.evaluate.measure import is_cost
+from coldpress.events import Event, Sink
+from coldpress.goals import bound
+from coldpress.scores import Score
+from coldpress.search.gate import Gate
+from coldpress.search.objectives import dearness, missed
+from coldpress.search.trials import Trial, total_violation
+from coldpress.units import quantity
+
+__all__ = ["Asked", "Bench", "Planned", "plan_trial", "run_trial"]
+
+_ENDS_ALL = (Interrupted, StoreError)
+"""Errors that are not the trial's: the next one would end the same way."""
+_QUALITY = ("accuracy", "perplexity", "divergence", "custom", "lm_eval")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A setting that is to be tried."""
+
+    number: int
+    point: Point
+    settings: Mapping[str, Any]
+    steps: int | None = None
+    """So many of the workflow's steps; None is all, and only then goals stop it."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial before it runs: a plan, or the reason why it will not run."""
+
+    asked: Asked
+    plan: Plan | None = None
+    refused: Trial | None = None
+
+
+@dataclass
+class Bench:
+    """What trials share: what is known of the input, who may use the machine, what was made already."""
+
+    emit: Sink
+    measuring: Crew
+    """Measures cost, with all the machine."""
+    gate: Gate = field(default_factory=Gate)
+    baselines: Baselines = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    """Keys of the steps that a trial asked for."""
+    steps_run: int = 0
+    steps_shared: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def plan_trial(asked: Asked, loaded: LoadedConfig, bench: Bench, *, trust_remote_code: bool) -> Planned:
+    """The plan of a setting; refused where it cannot work, or where its size is provably out of bounds."""
+
+    def out(why: str, violation: float = 0.0, **more: Any) -> Planned:
+        return Planned(asked, refused=_trial(asked, "pruned", why=why, violation=violation, **more))
+
+    try:
+        resolved = loaded.at(asked.point)
+    except ConfigError as error:
+        return out("; ".join(f"{one.path}: {one.message}" for one in error.problems))
+    if asked.steps is not None:
+        passes = dict(list(resolved.workflow.passes.items())[: asked.steps])
+        resolved = dataclasses.replace(resolved, workflow=resolved.workflow.model_copy(update={"passes": passes}))
+    plan = make_plan(resolved, trust_remote_code=trust_remote_code, hash_everything=True)
+    # What a training reports to a service goes to a folder of its own.
+    plan = dataclasses.replace(plan, output_dir=plan.output_dir / "trials" / str(asked.number))
+    problems = [*plan.refusals, *plan.blockers]
+    if problems:
+        return out("; ".join(one.message for one in problems))
+    weights = plan.steps[-1].model_bytes
+    too_large = None if asked.steps is not None else _too_large(plan, bench.baselines)
+    if too_large is not None:
+        why, lacks = too_large
+        return out(why, lacks, model_bytes=weights)
+    return Planned(asked, plan)
+
+
+def _too_large(plan: Plan, baselines: Baselines) -> tuple[str, float] | None:
+    """Why no run is needed to know that a goal of size is missed, and by which share of it."""
+    weights = plan.steps[-1].model_bytes
+    evaluation = Evaluation(plan, _nothing, _silent, baselines=baselines)
+    for metric, decides in evaluation.metrics_of(plan.steps[-1], last=True):
+        if metric.type != "size_on_disk" or not decides:
+            continue
+        for sub in metric.sub_types:
+            baseline = evaluation.baseline(metric, sub.name)
+            if sub.goal is None or (sub.goal.type != "threshold" and baseline is None):
+                continue
+            allowed = bound(sub.goal, baseline, higher_is_better=False)
+            if weights > allowed:
+                why = f"{metric.name}: its weights alone are {quantity(weights, 'bytes')}, allowed are "
+                return why + quantity(allowed, "bytes"), (weights - allowed) / (abs(allowed) or 1.0)
+    return None
+
+
+def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
+    raise AssertionError("a plan measures nothing")
+
+
+def _silent(event: Event) -> None:
+    """Nobody listens."""
+
+
+def run_trial(asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> Trial:
+    """Do the steps and measure the result. What goes wrong in it is the trial's end, not the search's.
+
+    Raises Interrupted and StoreError: a cache that cannot be written ends every trial.
+    """
+    started = time.perf_counter()
+    run = _Run(asked, plan, crew, bench)
+    try:
+        run.go()
+    except _ENDS_ALL:
+        raise
+    except ColdpressError as error:
+        return _trial(
+            asked, "failed", why=_first_line(error), scores=tuple(run.scores), key=run.key,
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+    unmet = missed(run.judged)
+    return _trial(
+        asked,
+        "infeasible" if unmet else "feasible",
+        why="; ".join(_said(score) for score in unmet),
+        violation=total_violation(run.judged),
+        scores=tuple(run.scores),
+        key=run.key,
+        seconds=time.perf_counter() - started,
+        model_bytes=plan.steps[-1].model_bytes,
+    )
+
+
+class _Run:
+    """A trial under way."""
+
+    def __init__(self, asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> None:
+        self.asked, self.plan, self.crew, self.bench = asked, plan, crew, bench
+        self.steps = Steps(plan, _Shared(crew, bench.gate), bench.emit)
+        self.evaluation = Evaluation(plan, self._perform, bench.emit, baselines=bench.baselines)
+        self.scores: list[Score] = []
+        self.judged: list[Score] = []
+        """Scores whose goals decide."""
+        self.key: str | None = None
+        """Of the last step, once it is done."""
+
+    def go(self) -> None:
+        """All steps; after each what its evaluator asks, until a goal is missed."""
+        model, key = input_artifact(self.plan), self.plan.input_key
+        assert key is not None
+        self.evaluation.input(model, key)
+        for step in self.plan.steps:
+            assert step.key is not None
+            last = step is self.plan.steps[-1]
+            with self.bench.lock:
+                fresh = step.key not in self.bench.seen and self.plan.loaded.workflow.clean_cache
+                self.bench.seen.add(step.key)
+            if fresh:
+                with self.steps.locked(step):
+                    self.plan.store.forget(step.key)
+            entry = self.steps.do(step, model)
+            with self.bench.lock:
+                if self.steps.results[-1].cached:
+                    self.bench.steps_shared += 1
+                else:
+                    self.bench.steps_run += 1
+            model, key = entry.artifact(), entry.key
+            if last:
+                self.key = key
+            if not self._measured(step, model, key, last=last):
+                return
+
+    def _measured(self, step: Step, model: Artifact, key: str, *, last: bool) -> bool:
+        """Measure a result, cheap metrics first; False as soon as a goal is missed."""
+        whole = self.asked.steps is None
+        metrics = self.evaluation.metrics_of(step, last=last)
+        for metric, decides in sorted(metrics, key=lambda pair: dearness(pair[0])):
+            found = self.evaluation.measure(metric, step.name, model, key, decides=decides)
+            self.scores += found
+            if whole or metric.type in _QUALITY:
+                self.judged += found
+            if whole and missed(found):
+                return False
+        return True
+
+    def _perform(
+        self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
+    ) -> dict[str, Any]:
+        """A measurement: what is timed, alone and by the processes that have the whole machine."""
+        if is_cost(parameters["metric"]["type"]):
+            with self.bench.gate.alone():
+                return self.bench.measuring.perform(self.plan, kind, step, model, torch, advice, **parameters)
+        with self.bench.gate.shared():
+            return self.crew.perform(self.plan, kind, step, model, torch, advice, **parameters)
+
+
+class _Shared:
+    """A crew whose jobs let others work beside them."""
+
+    def __init__(self, crew: Crew, gate: Gate) -> None:
+        self._crew, self._gate = crew, gate
+
+    def perform(self, *arguments: Any, **parameters: Any) -> dict[str, Any]:
+        with self._gate.shared():
+            return self._crew.perform(*arguments, **parameters)
+
+    def run_pass(self, *arguments: Any) -> dict[str, Any]:
+        with self._gate.shared():
+            return self._crew.run_pass(*arguments)
+
+
+def _trial(asked: Asked, state: Any, **more: Any) -> Trial:
+    return Trial(asked.number, asked.point, asked.settings, state, **more)
+
+
+def _first_line(error: ColdpressError) -> str:
+    return error.message.splitlines()[0]
+
+
+def _said(score: Score) -> str:
+    """A goal that is missed, in words."""
+    assert score.goal is not None
+    name = score.metric if score.sub_type in ("", score.metric) else f"{score.metric} {score.sub_type}"
+    least = "at least" if score.higher_is_better else "at most"
+    sure = "" if score.goal.sure else ", within two standard errors"
+    return f"{name} {quantity(score.value, score.unit)}, wanted {least} {quantity(score.goal.bound, score.unit)}{sure}"
