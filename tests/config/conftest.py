@@ -6,11 +6,12 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import BaseModel, Field
 
+from coldpress.config.candidates import Candidates
 from coldpress.config.load import LoadedConfig, load_config
 from coldpress.config.schema import Frozen
 from coldpress.errors import ConfigError, Problem
@@ -19,6 +20,11 @@ SEED = Path(__file__).parent.parent / "workflows" / "seed"
 
 
 class LoRAStandIn(Frozen):
+    searchable: ClassVar[Mapping[str, Candidates]] = {
+        "r": Candidates((16, 32, 64), by_default=True),
+        "alpha": Candidates((16, 32)),
+        "training_args.learning_rate": Candidates((1e-4, 2e-4)),
+    }
     r: int = Field(default=64, ge=1)
     """Rank of the adapter."""
     alpha: float = 16.0
@@ -54,6 +60,12 @@ class MergeStandIn(Frozen):
 
 
 class BuilderStandIn(Frozen):
+    searchable: ClassVar[Mapping[str, Candidates]] = {
+        "precision": Candidates(("int4", "int8")),
+        "int4_block_size": Candidates(
+            (32, 64, 128), by_default=True, only_with=("precision", ("int4", "int8")), unless=("extra_options",)
+        ),
+    }
     precision: Literal["fp32", "fp16", "bf16", "int8", "int4"]
     int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
     int4_nodes_to_exclude: tuple[str, ...] | None = None

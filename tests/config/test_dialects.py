@@ -532,26 +532,6 @@ def test_no_search(today: Any, load: Load, value: Any) -> None:
     assert not load(today).workflow.search_strategy
 
 
-@pytest.mark.parametrize(
-    "value",
-    [True, {"execution_order": "joint", "search_algorithm": "tpe", "num_samples": 3}, {"sampler": "random"}, {}],
-)
-def test_a_search_is_refused_plainly(today: Any, problems_of: Problems, value: Any) -> None:
-    today["search_strategy"] = value
-    (problem,) = problems_of(today)
-    assert problem.message == "search is not built yet"
-
-
-def test_whatever_asks_for_a_search_is_one_problem(today: Any, problems_of: Problems) -> None:
-    today["search_strategy"] = {"sampler": "tpe"}
-    today["passes"]["ft"]["r"] = [8, 16]
-    today["passes"]["build"]["int4_block_size"] = "SEARCHABLE_VALUES"
-    today["passes"]["more"] = [{"type": "MergeAdapterWeights"}, {"type": "ModelBuilder"}]
-    (problem,) = problems_of(today)
-    for path in ("passes.ft.r", "passes.build.int4_block_size", "passes.more"):
-        assert path in f"{problem.path} {problem.message}"
-
-
 def test_default_value_is_left_out_and_a_list_of_one_pass_is_the_pass(today: Any, load: Load) -> None:
     today["passes"]["ft"]["r"] = "DEFAULT_VALUE"
     today["passes"]["build"] = [{"type": "ModelBuilder", "config": {"precision": "int8"}}]

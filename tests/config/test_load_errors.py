@@ -141,7 +141,7 @@ def test_misspelt_key_of_an_old_dialect(local: Any, problems_of: Problems, path:
         ("evaluators.tones.metrics.0.type", "accurcy", "there is no type of metric called 'accurcy'"),
         ("passes", [], "must be a mapping of names to passes"),
         ("passes.ft", 3, "must be a mapping with the key type"),
-        ("passes.ft", [], "must be a mapping with the key type"),
+        ("passes.ft", [], "has no pass: the list is empty"),
         ("passes.ft.type", 3, "must be the name of a pass"),
         ("passes.ft.r", "abc", "must be a whole number, got 'abc'"),
         ("passes.ft.r", True, "must be a whole number, got true"),

@@ -117,6 +117,10 @@ def check(config: str | None, arguments: Sequence[str]) -> None:
         click.echo(f"{click.style('placeholder', fg='yellow')} {problem}")
     passes = ", ".join(f"{name} ({entry.type})" for name, entry in loaded.workflow.passes.items()) or "none"
     click.echo(f"{loaded.path}: ok; passes: {passes}")
+    strategy = loaded.workflow.strategy
+    if loaded.space is not None and strategy is not None:
+        size = loaded.space.size
+        click.echo(f"search: {strategy.sampler} over {size} setting{'s' if size != 1 else ''}: {loaded.space}")
 
 
 @click.command()

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from coldpress.config.pass_tree import pass_nodes
 from coldpress.config.rewriting import Rewriting
 from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.config.tree import Node, from_plain, join_path, problem_at
+from coldpress.errors import Problem
 
 __all__ = [
     "FULL_TRAINING_DEFAULTS",
@@ -21,6 +23,7 @@ __all__ = [
     "TODAY_TRAINING_DEFAULTS",
     "has_eval_data",
     "host_device",
+    "mend_training",
     "training_defaults",
     "write_defaults",
 ]
@@ -89,19 +92,17 @@ def has_eval_data(entry: Node) -> bool:
 
 def write_defaults(rw: Rewriting) -> None:
     """Write the file's dialect out where it differs from today's, and mend what the machine cannot do."""
-    passes = rw.root.get("passes")
-    for name, entry in (passes.mapping if passes and passes.mapping else {}).items():
+    for at, entry in pass_nodes(rw.root):
         kind = entry.text("type")
-        if entry.mapping is None or kind not in TRAINING_PASSES:
+        if kind not in TRAINING_PASSES:
             continue
-        at = f"passes.{name}"
         device = host_device(rw.root, entry.text("host"))
         if rw.dialect == "0.6":
             if "lora_dropout" in rw.passes[kind].model_fields:
                 rw.default("defaults", entry, "lora_dropout", 0.0, at)
-            arguments = entry.mapping.setdefault("training_args", entry.child("training_args", {}))
+            arguments = entry.members.setdefault("training_args", entry.child("training_args", {}))
             _old_training(rw, arguments, kind, has_eval_data(entry), device, at)
-        _mend_training(rw, entry, kind, device)
+        rw.warnings += mend_training(entry, device)
     if rw.dialect == "0.6":
         _old_data(rw)
 
@@ -121,24 +122,28 @@ def _old_training(rw: Rewriting, arguments: Node, kind: str, evaluates: bool, de
             rw.default("defaults", arguments, key, value, join_path(at, "training_args"))
 
 
-def _mend_training(rw: Rewriting, entry: Node, kind: str, device: str) -> None:
+def mend_training(entry: Node, device: str) -> list[Problem]:
+    """Replace what the machine or the data cannot do, in lists of values too, and say so."""
     arguments = entry.get("training_args")
     if arguments is None or arguments.mapping is None:
-        return
+        return []
+    warnings = []
     optim, strategy = arguments.get("optim"), arguments.get("eval_strategy")
-    if optim is not None and device == "cpu" and isinstance(optim.value, str) and optim.value in _PAGED:
-        better = _PAGED[optim.value]
-        message = f"{optim.value} needs a GPU; {better}, the same arithmetic, is used on the CPU"
-        rw.warnings.append(problem_at(optim, message))
-        optim.value = better
+    for one in (optim.items or [optim]) if optim is not None and device == "cpu" else ():
+        if isinstance(one.value, str) and one.value in _PAGED:
+            better = _PAGED[one.value]
+            message = f"{one.value} needs a GPU; {better}, the same arithmetic, is used on the CPU"
+            warnings.append(problem_at(one, message))
+            one.value = better
     if strategy is not None and strategy.value in ("steps", "epoch") and not has_eval_data(entry):
         message = "there is nothing to evaluate on (eval_data_config, eval_dataset_size); no is used"
-        rw.warnings.append(problem_at(strategy, message))
-        strategy.value = "no"
+        warnings.append(problem_at(strategy, message))
+        arguments.mapping["eval_strategy"] = from_plain("no", strategy.path, strategy, strategy.origin)
     steps, epochs = arguments.get("max_steps"), arguments.get("num_train_epochs")
     if steps is not None and epochs is not None and isinstance(steps.value, int) and steps.value > 0:
         message = f"max_steps = {steps.value} ends the training; num_train_epochs has no effect"
-        rw.warnings.append(problem_at(epochs, message, at_key=True))
+        warnings.append(problem_at(epochs, message, at_key=True))
+    return warnings
 
 
 def _old_data(rw: Rewriting) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
-from coldpress.config import rules_data, rules_metrics, rules_model, rules_passes, rules_workflow
+from coldpress.config import rules_data, rules_metrics, rules_model, rules_passes, rules_search, rules_workflow
 from coldpress.config.defaults import write_defaults
+from coldpress.config.pass_tree import pass_nodes, steps
 from coldpress.config.rewriting import Rewrite, Rewriting, Rule, Version
 from coldpress.config.tree import Node, problem_at
 
@@ -28,7 +29,10 @@ _TODAY: Version = (99,)
 _SHOWN = 5
 """Clashing keys that a message lists."""
 
-_RULES = (*rules_workflow.RULES, *rules_model.RULES, *rules_data.RULES, *rules_metrics.RULES, *rules_passes.RULES)
+_RULES = (
+    *rules_workflow.RULES, *rules_search.RULES, *rules_model.RULES, *rules_data.RULES, *rules_metrics.RULES,
+    *rules_passes.RULES,
+)  # fmt: skip
 
 
 def _by_level() -> dict[str, list[Rule]]:
@@ -77,7 +81,7 @@ def translate(root: Node, passes: Mapping[str, type[BaseModel]]) -> Rewriting:
                 rw.apply(rule, node, at)
     _finish(rw)
     write_defaults(rw)
-    _report_search(rw)
+    rules_search.write_old_samples(rw)
     rw.rewrites.sort(key=lambda rewrite: rewrite.line or 0)
     return rw
 
@@ -102,6 +106,12 @@ def _finish(rw: Rewriting) -> None:
 def _levels(root: Node) -> Iterator[tuple[str, Node, str]]:
     """Every mapping that has rules, top down; what rules move below a mapping is seen when it is reached."""
     yield "workflow", root, ""
+    search = root.get("search_strategy")
+    if search is not None and search.mapping is not None:
+        yield "search_strategy", search, "search_strategy"
+        sampler = search.get("sampler_config")
+        if sampler is not None and sampler.mapping is not None:
+            yield "sampler_config", sampler, "search_strategy.sampler_config"
     model = root.get("input_model")
     if model is not None and model.mapping is not None:
         yield "model", model, "input_model"
@@ -162,10 +172,7 @@ def _pass_levels(root: Node) -> Iterator[tuple[str, Node, str]]:
     if passes is None or passes.mapping is None:
         return
     yield "passes", passes, "passes"
-    for name, entry in list(passes.mapping.items()):
-        at = f"passes.{name}"
-        if entry.mapping is None:
-            continue
+    for at, entry in pass_nodes(root):
         yield "pass", entry, at
         kind = _TRAINING.get((entry.text("type") or "").lower())
         if kind is not None:
@@ -182,7 +189,10 @@ def _unfold_blocks(rw: Rewriting) -> None:
     model = root.get("input_model")
     if model is not None:
         rw.unfold(model, "config")
-    for section, key in (("systems", "config"), ("passes", "config"), ("evaluators", "type_args")):
+    for nodes in steps(root).values():
+        for node in nodes:
+            rw.unfold(node, "config")
+    for section, key in (("systems", "config"), ("evaluators", "type_args")):
         named = root.get(section)
         for item in (named.mapping if named and named.mapping else {}).values():
             rw.unfold(item, key)
@@ -242,13 +252,3 @@ def _named(nodes: list[Node]) -> str:
         ", ".join(node.path + (f" (line {line})" if (line := node.key_line or node.line) else "") for node in nodes)
         + rest
     )
-
-
-def _report_search(rw: Rewriting) -> None:
-    if not rw.searched:
-        return
-    first = min(rw.searched, key=lambda node: node.line or 0)
-    others = [node for node in rw.searched if node is not first]
-    message = "search is not built yet" + (f"; it is also asked for by {_named(others)}" if others else "")
-    hint = "write search_strategy: false, one pass under each name and one value for each parameter"
-    rw.problems.append(problem_at(first, message, hint=hint, at_key=True))

@@ -22,6 +22,7 @@ from coldpress.config.schema import (
     PreProcess,
     Workflow,
 )
+from coldpress.config.search_strategy import SamplerConfig, SearchStrategy
 
 __all__ = ["document_text", "in_schema_order"]
 
@@ -29,6 +30,8 @@ _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Workflow,
     ("input_model",): InputModel,
     ("input_model", "load_kwargs"): LoadKwargs,
+    ("search_strategy",): SearchStrategy,
+    ("search_strategy", "sampler_config"): SamplerConfig,
     ("systems", "*"): AzureMLSystem,
     ("systems", "*", "accelerators", "*"): Accelerator,
     ("data_configs", "*"): DataConfig,
@@ -69,7 +72,7 @@ def _order(
     if where == ("evaluators", "*", "metrics", "*"):
         metric = METRIC_TYPES.get(value.get("type", ""))
         return None if metric is None else list(metric.model_fields)
-    if where == ("passes", "*"):
+    if where in (("passes", "*"), ("passes", "*", "*")):
         model = passes.get(value.get("type", ""))
         return ["type", *(model.model_fields if model else ()), "host", "evaluator", "parity"]
     return None

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from coldpress.config.check import takes_list
 from coldpress.config.reporters import REPORTERS
-from coldpress.config.rules_passes import TRAINING_PASSES
+from coldpress.config.rules_passes import DEFAULT, SEARCHABLE, TRAINING_PASSES
 from coldpress.config.schema import PassEntry, Workflow
 from coldpress.config.training_args import TrainingArgument, refused_arguments, training_arguments
 
@@ -33,12 +34,15 @@ def workflow_json_schema(passes: Mapping[str, type[BaseModel]]) -> dict[str, Any
     for name, model in passes.items():
         definitions[f"pass.{name}"] = _pass_schema(name, model, definitions)
         variants.append({"$ref": f"#/$defs/pass.{name}"})
-    schema["properties"]["passes"]["additionalProperties"] = {
+    definitions["pass"] = {
         "type": "object",
         "required": ["type"],
-        "properties": {"type": {"enum": list(passes)}},
+        "properties": {"type": {"enum": list(passes), "description": PassEntry.model_fields["type"].description}},
         "oneOf": variants,
     }
+    one = {"$ref": "#/$defs/pass"}
+    several = {"type": "array", "items": one, "minItems": 1, "description": "Alternatives for a search."}
+    schema["properties"]["passes"]["additionalProperties"] = {"anyOf": [one, several]}
     definitions["training_args"] = _training_schema()
     schema["properties"]["$schema"] = {"type": "string", "description": "Where this schema lies; for editors."}
     for part in (schema, *definitions.values()):
@@ -56,7 +60,11 @@ def _pass_schema(name: str, model: type[BaseModel], definitions: dict[str, Any])
     shared = {key: entry["properties"][key] for key in ("host", "evaluator", "parity")}
     own["title"] = name
     kind = {"const": name, "description": entry["properties"]["type"]["description"]}
-    own["properties"] = {"type": kind, **own.get("properties", {}), **shared}
+    parameters = {
+        key: value if key == "training_args" else _or_several(value, takes_list(model, key))
+        for key, value in own.get("properties", {}).items()
+    }
+    own["properties"] = {"type": kind, **parameters, **shared}
     own["required"] = ["type", *own.get("required", [])]
     own["additionalProperties"] = False
     if name in TRAINING_PASSES and "training_args" in own["properties"]:
@@ -65,9 +73,21 @@ def _pass_schema(name: str, model: type[BaseModel], definitions: dict[str, Any])
     return own
 
 
+def _or_several(one: Mapping[str, Any], holds_list: bool) -> dict[str, Any]:
+    """A value, values for a search to try, or one of Olive's words; what is said of the value stays outside."""
+    outside = {key: one[key] for key in ("title", "description", "default") if key in one}
+    value = {key: item for key, item in one.items() if key not in outside}
+    several = [] if holds_list else [{"type": "array", "items": value, "minItems": 1}]
+    return {"anyOf": [value, *several, {"enum": [DEFAULT, SEARCHABLE]}], **outside}
+
+
 def _training_schema() -> dict[str, Any]:
     refused = refused_arguments()
-    properties = {name: _argument(row) for name, row in training_arguments().items() if name not in refused}
+    properties = {
+        name: _or_several(_argument(row), "list" in row.types)
+        for name, row in training_arguments().items()
+        if name not in refused
+    }
     services = {"enum": list(REPORTERS)}
     properties["report_to"] = {
         "anyOf": [{"enum": [*REPORTERS, "none", None]}, {"type": "array", "items": services}, {"enum": [["none"]]}],

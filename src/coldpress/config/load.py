@@ -6,24 +6,27 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import BaseModel
 
-from coldpress.config.check import check, without_type
-from coldpress.config.defaults import has_eval_data, host_device, training_defaults
+from coldpress.config.check import check
 from coldpress.config.dialects import legacy_names, translate
 from coldpress.config.document import in_schema_order
 from coldpress.config.json_text import parse_json
 from coldpress.config.meaning import check_meaning
 from coldpress.config.overrides import apply_overrides
+from coldpress.config.pass_entries import PassEntries
+from coldpress.config.pass_tree import pass_nodes
 from coldpress.config.rewriting import Rewrite, Rewriting
-from coldpress.config.rules_passes import TRAINING_PASSES
-from coldpress.config.schema import Frozen, ParityLimits, PassEntry, Workflow
+from coldpress.config.rules_passes import DEFAULT, SEARCHABLE
+from coldpress.config.schema import Workflow
+from coldpress.config.search_meaning import check_objectives
+from coldpress.config.searching import find_steps, space_of
 from coldpress.config.secrets import find_placeholders, find_secrets
-from coldpress.config.training_args import check_training_args
+from coldpress.config.space import Point, Space
 from coldpress.config.tree import Node, drop_comments, from_plain, plain, problem_at, walk_lines
 from coldpress.errors import ConfigError, Problem
 from coldpress.registry import nearest
@@ -53,6 +56,35 @@ class LoadedConfig:
     """Today's path -> line in the file."""
     document: Mapping[str, Any]
     """The config in today's language, flat: what `migrate` writes."""
+    space: Space | None = None
+    """What is searched; None without a search."""
+    _entries: PassEntries | None = field(default=None, repr=False, compare=False)
+    _passes: Mapping[str, type[BaseModel]] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, point: Point) -> LoadedConfig:
+        """The same workflow with the settings of a point, without a search.
+
+        A point of the first steps only takes the first choice of the others. Raises ConfigError for settings that do
+        not go together, and ValueError for what is no point of the space.
+        """
+        if self.space is None or self._entries is None:
+            raise ValueError("this workflow has no search, so there is no point in it")
+        self.space.check(point)
+        try:
+            entries, passes = self._entries.at(point)
+        except ConfigError as error:
+            raise ConfigError(_in_order(error.problems, "" if self.path is None else str(self.path))) from None
+        document = {**self.document, "search_strategy": False}
+        if "passes" in document:
+            document["passes"] = in_schema_order({"passes": plain(passes)}, self._passes)["passes"]
+        lines = {path: line for path, line in self.lines.items() if not path.startswith("passes.")}
+        return dataclasses.replace(
+            self,
+            workflow=self.workflow.model_copy(update={"passes": entries, "search_strategy": False}),
+            lines={**lines, **dict(walk_lines(passes, "passes"))},
+            document=document,
+            space=None,
+        )
 
     def line_of(self, path: str) -> int | None:
         """Line of a path in today's form, or of what is nearest above it. Elements go by number or by name."""
@@ -67,15 +99,6 @@ class LoadedConfig:
             if line is not None:
                 return line
         return None
-
-
-class _Shell(Frozen):
-    """A pass entry but for its own parameters."""
-
-    type: str
-    host: str | None = None
-    evaluator: str | None = None
-    parity: ParityLimits | None = None
 
 
 def load_config(
@@ -107,8 +130,10 @@ def _load(
     drop_comments(root)
     problems += find_secrets(root)
     rw = translate(root, passes)
+    steps = find_steps(rw)
     problems += rw.problems
-    checked = _Sections(rw)
+    entries = PassEntries(root, steps, passes)
+    checked = _Sections(rw, entries)
     workflow = checked.workflow()
     problems += checked.problems
     if problems or workflow is None:
@@ -123,6 +148,9 @@ def _load(
         placeholders=_in_order(find_placeholders(root), file),
         lines=dict(walk_lines(root)),
         document=in_schema_order(plain(root), passes),
+        space=space_of(steps) if workflow.strategy is not None else None,
+        _entries=entries,
+        _passes=passes,
     )
 
 
@@ -209,106 +237,38 @@ def _similar_file(path: Path) -> str | None:
 class _Sections:
     """The tree in today's form, checked part by part."""
 
-    def __init__(self, rw: Rewriting) -> None:
+    def __init__(self, rw: Rewriting, entries: PassEntries) -> None:
         self.rw = rw
         self.root = rw.root
+        self.entries = entries
         self.problems: list[Problem] = []
         self.dangling: dict[tuple[str, str], list[Node]] = {}
         self.known: dict[str, set[str]] = {}
 
     def workflow(self) -> Workflow | None:
         """The typed workflow; None when there are problems."""
-        passes = self.root.get("passes")
         if self.root.get("input_model") is None and not self.root.damaged:
             self.root.damaged = self.has_typo("input_model")
         rest = Node(dict(self.root.mapping or {}), "", self.root.line, damaged=self.root.damaged)
-        rest.members.pop("passes", None)
+        passes = rest.members.pop("passes", None)
         checked = check(Workflow, rest, extra_names=_legacy())
         self.problems += checked.problems
-        entries = self.entries(passes)
+        if passes is not None and passes.value is not None and passes.mapping is None:
+            self.problems.append(problem_at(passes, "must be a mapping of names to passes"))
+        self.problems += self.entries.problems()
         self.references()
         self.report_dangling()
         self.problems += check_meaning(self.root)
+        if not self.has_typo("evaluator") and not self.has_typo("evaluators"):
+            self.problems += check_objectives(self.root)
         if self.problems or checked.value is None:
             return None
         workflow: Workflow = checked.value
-        return workflow.model_copy(update={"passes": entries})
+        return workflow.model_copy(update={"passes": self.entries.at({})[0]})
 
     def has_typo(self, name: str) -> bool:
         """Whether some unknown key at the top may be this one misspelt."""
         return any(key not in _ORDER and nearest(key, _ORDER) == name for key in self.root.mapping or {})
-
-    def entries(self, passes: Node | None) -> dict[str, PassEntry]:
-        entries: dict[str, PassEntry] = {}
-        if passes is None or passes.value is None:
-            return entries
-        if passes.mapping is None:
-            message = "must be a mapping of names to passes"
-            self.problems.append(problem_at(passes, message))
-            return entries
-        for name, node in passes.mapping.items():
-            entry = self.entry(name, node)
-            if entry is not None:
-                entries[name] = entry
-        return entries
-
-    def entry(self, name: str, node: Node) -> PassEntry | None:
-        if node.mapping is None:
-            self.problems.append(problem_at(node, "must be a mapping with the key type"))
-            return None
-        kind = node.text("type")
-        if kind is None or kind not in self.rw.passes:
-            self.bad_type(node)
-            return None
-        model = self.rw.passes[kind]
-        names = set(_Shell.model_fields)
-        shell = _part(node, {key: item for key, item in node.mapping.items() if key in names})
-        own = _part(node, {key: item for key, item in node.mapping.items() if key not in names})
-        legacy = {"": [*sorted(names), *legacy_names(f"pass:{kind}"), *legacy_names("pass")]}
-        first, second = check(_Shell, shell), None
-        self.problems += first.problems
-        arguments = self.training(kind, node, own)
-        second = check(model, own, extra_names=legacy)
-        self.problems += second.problems
-        if first.value is None or second.value is None or not arguments:
-            return None
-        return PassEntry(
-            type=kind,
-            config=second.value,
-            host=first.value.host,
-            evaluator=first.value.evaluator,
-            parity=first.value.parity,
-        )
-
-    def bad_type(self, node: Node) -> None:
-        """No type, no known keys: one error. (An unknown type has been reported already, and taken out.)"""
-        given = node.get("type")
-        if given is not None:
-            self.problems.append(problem_at(given, "must be the name of a pass"))
-            return
-        self.problems.append(without_type(node, hint=f"passes: {', '.join(self.rw.passes)}"))
-
-    def training(self, kind: str, node: Node, own: Node) -> bool:
-        """Check the training arguments, then fill in what holds where they are silent; the document stays as it is."""
-        if kind not in TRAINING_PASSES:
-            return True
-        given = node.get("training_args")
-        if given is not None and given.mapping is None:
-            self.problems.append(problem_at(given, "must be a mapping of training arguments"))
-            own.members.pop("training_args")
-            return False
-        values = plain(given) if given is not None else {}
-        device = host_device(self.root, node.text("host"))
-        complete = {**training_defaults(kind, has_eval_data(node), device), **values}
-        found = check_training_args(values, legacy_names("training_args"))
-        if not found:
-            found = [item for item in check_training_args(complete) if item.name in values]
-        place = given or node
-        for item in found:
-            where = place.get(item.name) or place
-            self.problems.append(problem_at(where, item.message, hint=item.hint, at_key=item.at_key))
-        own.members["training_args"] = from_plain({} if found else complete, place.path, place)
-        return not found
 
     def references(self) -> None:
         """Names of systems, evaluators and data configs that exist nowhere."""
@@ -321,7 +281,8 @@ class _Sections:
             self.refers(parent.get("evaluator"), evaluators, "evaluator", "evaluators")
             for key, item in (parent.mapping or {}).items():
                 if key.endswith("data_config"):
-                    self.refers(item, data, "data config", "data_configs")
+                    for one in item.items or [item]:
+                        self.refers(one, data, "data config", "data_configs")
             self.refers(parent.get("parity", "data_config"), data, "data config", "data_configs")
         for evaluator in self.mapping("evaluators").values():
             metrics = evaluator.get("metrics")
@@ -329,7 +290,7 @@ class _Sections:
                 self.refers(metric.get("data_config"), data, "data config", "data_configs")
 
     def pass_nodes(self) -> list[Node]:
-        return [node for node in self.mapping("passes").values() if node.text("type") in self.rw.passes]
+        return [node for _, node in pass_nodes(self.root) if node.text("type") in self.rw.passes]
 
     def mapping(self, key: str) -> Mapping[str, Node]:
         node = self.root.get(key)
@@ -360,6 +321,8 @@ class _Sections:
     def refers(self, node: Node | None, known: set[str] | None, what: str, section: str) -> None:
         if node is None or known is None or not isinstance(node.value, str) or node.value in known:
             return
+        if node.value in (DEFAULT, SEARCHABLE):
+            return
         lost = f"data:{node.value}" if section == "data_configs" else node.value
         if lost in self.rw.lost:
             return
@@ -377,12 +340,6 @@ class _Sections:
             if len(nodes) > 1:
                 message += f" (named by {', '.join(node.path for node in nodes[1:])} as well)"
             self.problems.append(problem_at(nodes[0], message, hint=f"did you mean {close}?" if close else there))
-
-
-def _part(node: Node, members: dict[str, Node]) -> Node:
-    part = Node(members, node.path, node.line, node.column, node.key_line, node.key_column, node.origin)
-    part.damaged = node.damaged
-    return part
 
 
 def _legacy() -> dict[str, list[str]]:

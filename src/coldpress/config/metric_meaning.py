@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from coldpress.config.metrics import METRIC_TYPES, OF_TEXT, OWN_ACCURACY, TORCH_METRICS
+from coldpress.config.pass_tree import pass_nodes
 from coldpress.config.schema import PreProcess
 from coldpress.config.tree import Node, problem_at
 from coldpress.errors import Problem
@@ -243,8 +244,7 @@ def _goals(evaluator: Node) -> Iterator[tuple[Node, Node, Node]]:
 
 
 def _users(root: Node) -> list[Node]:
-    passes = root.get("passes")
-    return [root, *(passes.mapping.values() if passes is not None and passes.mapping is not None else ())]
+    return [root, *(node for _, node in pass_nodes(root))]
 
 
 def _in_use(root: Node) -> list[Node]:

@@ -104,8 +104,6 @@ class Rewriting:
     warnings: list[Problem] = field(default_factory=list)
     mixed: bool = False
     """Keys of different dialects are reported already."""
-    searched: list[Node] = field(default_factory=list)
-    """What asks for a search; one problem tells it all."""
     lost: set[str] = field(default_factory=set)
     """Names of systems, data configs and evaluators that a reported problem took away: no second error for them."""
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from pydantic import BaseModel
-
-from coldpress.config.check import takes_list
+from coldpress.config.candidates import candidates_of
 from coldpress.config.olive_passes import OLIVE_PASSES, RENAMED_PASSES
+from coldpress.config.pass_tree import is_searched
 from coldpress.config.rewriting import Action, Custom, Drop, Rename, Rewriting, Rule, Version
 from coldpress.config.rules_data import hoist_data_config
 from coldpress.config.rules_workflow import name_evaluator, name_system
-from coldpress.config.tree import Node, from_plain, join_path, problem_at
+from coldpress.config.tree import Node, from_plain, join_path, plain, problem_at
 from coldpress.registry import nearest
 
-__all__ = ["RULES", "SIBLINGS", "TRAINING_PASSES"]
+__all__ = ["DEFAULT", "RULES", "SEARCHABLE", "SIBLINGS", "TRAINING_PASSES", "builders_of_adapters"]
 
 V07: Version = (0, 7)
+DEFAULT, SEARCHABLE = "DEFAULT_VALUE", "SEARCHABLE_VALUES"
+"""Olive's two magic words for a parameter."""
 TRAINING_PASSES = ("LoRA", "DoRA", "QLoRA", "LoftQ", "LoHa", "LoKr", "FullFinetune")
 
 SIBLINGS: dict[str, str] = {
@@ -61,73 +62,120 @@ _LACKING: dict[str, frozenset[str]] = {
 
 def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """Each pass gets its registered name, or one error and no second look."""
+    for name in list(parent.members):
+        entry = parent.members[name]
+        if entry.items and (len(entry.items) == 1 or not is_searched(rw.root)):
+            entry = _only_one(rw, parent, name)
+        if entry.items is None:
+            if not _known_type(rw, entry, f"{at}.{name}"):
+                del parent.members[name]
+        elif entry.items:
+            kept = [item for i, item in enumerate(entry.items) if _known_type(rw, item, f"{at}.{name}.{i}")]
+            entry.value = list(kept)
+            if not kept:
+                del parent.members[name]
+
+
+def _known_type(rw: Rewriting, entry: Node, at: str) -> bool:
+    """Spell the type as it is registered; false where there is none of that name, which is told."""
     registered = {name.lower(): name for name in rw.passes}
     renamed = {old.lower(): new for old, new in RENAMED_PASSES.items()}
     foreign = {name.lower(): name for name in OLIVE_PASSES}
-    for name in list(parent.members):
-        entry = parent.members[name]
-        if entry.items:
-            _alternatives(rw, parent, name)
-            entry = parent.members.get(name, entry)
-        node = entry.get("type")
-        if entry.mapping is None or node is None or not isinstance(node.value, str):
-            continue
-        lowered = node.value.lower()
-        if lowered in registered:
-            node.value = registered[lowered]
-            continue
-        if lowered in renamed and renamed[lowered] in rw.passes:
-            rw.told("pass.renamed", node, f"{at}.{name}.type = {renamed[lowered]}")
-            node.value = renamed[lowered]
-            continue
-        del parent.members[name]
-        if lowered in foreign:
-            near = OLIVE_PASSES[foreign[lowered]]
-            message = f"{foreign[lowered]} is an Olive pass that Coldpress does not have yet"
-            hint = f"nearest: {near}" if near else f"passes we have: {', '.join(rw.passes)}"
-        else:
-            close = nearest(node.value, [*rw.passes, *RENAMED_PASSES, *OLIVE_PASSES])
-            message = f"there is no pass of type {node.value!r}"
-            hint = f"did you mean {close}?" if close else f"passes we have: {', '.join(rw.passes)}"
-        rw.problems.append(problem_at(node, message, hint=hint))
+    node = entry.get("type")
+    if entry.mapping is None or node is None or not isinstance(node.value, str):
+        return True
+    lowered = node.value.lower()
+    if lowered in registered:
+        node.value = registered[lowered]
+        return True
+    if lowered in renamed and renamed[lowered] in rw.passes:
+        rw.told("pass.renamed", node, f"{at}.type = {renamed[lowered]}")
+        node.value = renamed[lowered]
+        return True
+    if lowered in foreign:
+        near = OLIVE_PASSES[foreign[lowered]]
+        message = f"{foreign[lowered]} is an Olive pass that Coldpress does not have yet"
+        hint = f"nearest: {near}" if near else f"passes we have: {', '.join(rw.passes)}"
+    else:
+        close = nearest(node.value, [*rw.passes, *RENAMED_PASSES, *OLIVE_PASSES])
+        message = f"there is no pass of type {node.value!r}"
+        hint = f"did you mean {close}?" if close else f"passes we have: {', '.join(rw.passes)}"
+    rw.problems.append(problem_at(node, message, hint=hint))
+    return False
+
+
+def _only_one(rw: Rewriting, parent: Node, name: str) -> Node:
+    """A list of one pass is the pass; of alternatives, a workflow without a search takes the first, as Olive does."""
+    entry = parent.members[name]
+    items = entry.elements
+    if len(items) == 1:
+        rw.told("pass.list", entry, f"passes.{name}")
+    else:
+        message = f"{len(items)} alternatives, and search_strategy is off: the first is used"
+        rw.warnings.append(problem_at(entry, message, hint="search_strategy: true compares them", at_key=True))
+    parent.members[name] = items[0]
+    return items[0]
 
 
 def _extracted(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    """ExtractAdapters takes the adapter from the graph, so a builder before it must not merge it."""
-    builder: tuple[str, Node] | None = None
+    """ExtractAdapters takes the adapter from the graph, so a builder before it must not merge it.
+
+    Where a search decides whether there is one, `builders_of_adapters` is asked again at each point.
+    """
+    builders: list[tuple[str, Node]] = []
     for name, entry in parent.members.items():
-        kind = entry.text("type")
-        if kind == "ModelBuilder":
-            builder = (name, entry)
-        elif kind == "ExtractAdapters" and builder is not None:
-            rw.default("ModelBuilder.adapter", builder[1], "adapter", "inputs", f"{at}.{builder[0]}")
+        nodes = [(f"{at}.{name}", entry)]
+        if entry.items is not None:
+            nodes = [(f"{at}.{name}.{i}", item) for i, item in enumerate(entry.items)]
+        if nodes and all(node.text("type") == "ExtractAdapters" for _, node in nodes):
+            for where, builder in builders:
+                rw.default("ModelBuilder.adapter", builder, "adapter", "inputs", where)
+        builders = [one for one in nodes if one[1].text("type") == "ModelBuilder"] or builders
 
 
-def _alternatives(rw: Rewriting, parent: Node, name: str) -> None:
-    """Olive's list of passes under one name: alternatives for a search."""
-    entry = parent.members[name]
-    items = entry.items or []
-    if len(items) == 1:
-        rw.told("pass.list", entry, f"passes.{name}")
-        parent.members[name] = items[0]
-        rw.unfold(items[0], "config")
+def builders_of_adapters(entries: Mapping[str, Node]) -> list[str]:
+    """Steps whose builder must leave the adapter an input and does not say so."""
+    found: list[str] = []
+    builder: str | None = None
+    for name, entry in entries.items():
+        if entry.text("type") == "ModelBuilder":
+            builder = name
+        elif entry.text("type") == "ExtractAdapters" and builder is not None:
+            found += [builder] if entries[builder].get("adapter") is None else []
+    return found
+
+
+def _disable_search(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """Olive up to v0.7: none of the pass's own candidates is tried."""
+    node = parent.members["disable_search"]
+    if node.value not in (True, False, None):
+        rw.refuse(parent, "disable_search", f"must be true or false, got {node.value!r}")
         return
-    rw.searched.append(entry)
-    del parent.members[name]
+    kind = parent.text("type") or ""
+    if node.value is not True or not is_searched(rw.root) or kind not in rw.passes:
+        why = "off" if not node.value else "there is no search"
+        rw.drop(parent, "disable_search", why, rule=rule.name)
+        return
+    for key, candidates in candidates_of(rw.passes[kind]).items():
+        if candidates.by_default and key not in parent.members:
+            parent.members[key] = parent.child(key, DEFAULT)
+            rw.told(rule.name, node, f"{join_path(at, key)} = {DEFAULT}")
+    rw.drop(parent, "disable_search", "only what is listed is searched", rule=rule.name)
 
 
 def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    """Olive's two magic words, and parameters that belong to another pass of the family."""
-    kind = parent.text("type")
-    known = set(rw.passes[kind].model_fields) if kind is not None and kind in rw.passes else set()
+    """Olive's magic words and objects for a search, and parameters that belong to another pass of the family."""
+    kind = parent.text("type") or ""
+    known = set(rw.passes[kind].model_fields) if kind in rw.passes else set()
+    declared = candidates_of(rw.passes[kind]) if kind in rw.passes else {}
     for key in list(parent.members):
         node = parent.members[key]
-        if node.value == "DEFAULT_VALUE" and key not in ("type", "host", "evaluator"):
-            rw.drop(parent, key, "the default", rule="pass.DEFAULT_VALUE")
-        elif node.value == "SEARCHABLE_VALUES" or _list_of_values(node, key, rw.passes.get(kind or "")):
-            rw.searched.append(node)
-            del parent.members[key]
-            parent.damaged = True
+        _search_parameter(rw, parent, key, at)
+        if key not in parent.members:
+            continue
+        if node.value == DEFAULT and key not in ("type", "host", "evaluator"):
+            if not (is_searched(rw.root) and key in declared and declared[key].by_default):
+                rw.drop(parent, key, "the default", rule="pass.DEFAULT_VALUE")
         elif key in SIBLINGS and key not in known and kind in TRAINING_PASSES:
             why = f"{key} belongs to {SIBLINGS[key]} and has no effect in {kind}; dropped"
             rw.drop(parent, key, why, rule="pass.sibling", warn=True)
@@ -138,17 +186,41 @@ def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
                 rw.drop(parent, key, "off", rule=f"{kind}.{key}")
             else:
                 rw.refuse(parent, key, f"{key} is a parameter of Olive's {kind} that Coldpress does not have")
-        elif key.endswith("data_config") and node.mapping is not None:
-            hoist_data_config(rw, Rule(rule.level, key, rule.action), parent, at)
+        elif key.endswith("data_config"):
+            _inline_data(rw, rule, parent, key, at)
         elif key == "training_args" and node.value is None:
             node.value = {}
         elif key == "training_args":
             rw.unfold(node, "extra_args")
 
 
-def _list_of_values(node: Node, key: str, model: type[BaseModel] | None) -> bool:
-    """Olive's list of candidates, where the parameter itself takes one plain value."""
-    return model is not None and node.items is not None and key != "training_args" and not takes_list(model, key)
+def _inline_data(rw: Rewriting, rule: Rule, parent: Node, key: str, at: str) -> None:
+    """A data config written where it is used, or in a list of several to try."""
+    node, hoist = parent.members[key], Rule(rule.level, key, rule.action)
+    if node.mapping is not None:
+        hoist_data_config(rw, hoist, parent, at)
+    for index, item in enumerate(node.items or []):
+        if item.mapping is not None:
+            holder = from_plain({}, parent.path, parent)
+            holder.members[key] = item
+            hoist_data_config(rw, hoist, holder, at)
+            node.elements[index] = holder.members[key]
+
+
+def _search_parameter(rw: Rewriting, parent: Node, key: str, at: str) -> None:
+    """What Olive writes out for a parameter that is searched: a list of values, or values that depend on others."""
+    node = parent.members[key]
+    if node.text("olive_parameter_type") != "SearchParameter":
+        return
+    kind, support = (node.text("type") or "").lower(), node.get("support")
+    if kind == "boolean" and support is None:
+        support = from_plain([True, False], node.path, node, node.origin)
+    if kind in ("categorical", "boolean") and support is not None and support.items is not None:
+        node.value = support.value
+        rw.told("pass.SearchParameter", node, f"{join_path(at, key)}, a list of values")
+        return
+    message = f"a search parameter of type {node.text('type')!r} is not read"
+    rw.refuse(parent, key, message, "list the values to try; alternatives of the pass say what depends on what")
 
 
 def _text_or_none(node: Node) -> bool:
@@ -186,7 +258,10 @@ def _adafactor(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 def _choose(rw: Rewriting, rule: Rule, parent: Node, at: str, key: str, value: str) -> None:
     """A switch that became one value of a choice."""
     node = parent.members[rule.key]
-    if node.value is True:
+    if node.items is not None:
+        hint = f"list the values of {key} instead: {value} and others"
+        rw.refuse(parent, rule.key, f"a list of values; this switch became a value of {key}", hint)
+    elif node.value is True:
         told = from_plain(value, node.path, node, node.origin)
         parent.members[rule.key] = told
         if rw.move(parent, rule.key, parent, key):
@@ -203,8 +278,9 @@ def _warmup_ratio(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     """A ratio is written as `warmup_steps` below 1; given steps win over it, as they always did."""
     node = parent.members["warmup_ratio"]
     steps = parent.get("warmup_steps")
-    if isinstance(node.value, bool) or not isinstance(node.value, (int, float)) or not 0 <= node.value < 1:
-        rw.refuse(parent, "warmup_ratio", f"must be a number from 0 to below 1, got {node.value!r}")
+    wrong = [item for item in node.items or [node] if not _is_share(item.value)]
+    if wrong:
+        rw.refuse(parent, "warmup_ratio", f"must be a number from 0 to below 1, got {plain(wrong[0])!r}")
     elif steps is not None and steps.value:
         why = "warmup_steps wins over warmup_ratio; dropped"
         rw.drop(parent, "warmup_ratio", why, rule=rule.name, warn=True)
@@ -215,10 +291,23 @@ def _warmup_ratio(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
             rw.told(rule.name, node, join_path(at, "warmup_steps"), dialect=rule.dialect)
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
 def _old_optimizer(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     node = parent.members["optim"]
     rw.told(rule.name, node, f"{join_path(at, 'optim')} = adamw_torch", dialect=rule.dialect)
-    node.value = "adamw_torch"
+    for item in node.items or [node]:
+        if item.value == _OLD_ADAMW:
+            item.value = "adamw_torch"
+
+
+def _is_old_optimizer(node: Node) -> bool:
+    return any(item.value == _OLD_ADAMW for item in node.items or [node])
+
+
+_OLD_ADAMW = "adamw_hf"
 
 
 def _accelerator_config(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -253,7 +342,7 @@ _TRAINING: tuple[Rule, ...] = (
     _training("evaluation_strategy", Rename("eval_strategy")),
     _training("group_by_length", Custom(_group_by_length)),
     _training("warmup_ratio", Custom(_warmup_ratio)),
-    _training("optim", Custom(_old_optimizer), lambda node: node.value == "adamw_hf"),
+    _training("optim", Custom(_old_optimizer), _is_old_optimizer),
     _training("adafactor", Custom(_adafactor)),
     _training("no_cuda", Rename("use_cpu")),
     _training("per_gpu_train_batch_size", Rename("per_device_train_batch_size")),
@@ -294,7 +383,7 @@ _TRAINING: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     Rule("passes", "*", Custom(_pass_types)),
     Rule("passes", "*", Custom(_extracted)),
-    Rule("pass", "disable_search", Drop("there is no search")),
+    Rule("pass", "disable_search", Custom(_disable_search)),
     Rule("pass", "clean_run_cache", Drop("clean_cache forgets the whole workflow", warn=True), None, _true),
     Rule("pass", "clean_run_cache", Drop("off")),
     Rule("pass", "output_name", Drop("the step's result lies in the cache under its key", warn=True)),

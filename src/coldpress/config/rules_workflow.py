@@ -49,7 +49,7 @@ def name_system(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     systems = rw.root.members.setdefault("systems", from_plain({}, "systems", node))
     if systems.mapping is None:
         return
-    wanted = rule.key if rule.level == "workflow" else f"{at.rpartition('.')[2]}_{rule.key}"
+    wanted = rule.key if rule.level == "workflow" else f"{at.removeprefix('passes.').replace('.', '_')}_{rule.key}"
     name = _free_name(wanted, systems.mapping)
     systems.mapping[name] = node
     rw.unfold(node, "config")
@@ -122,8 +122,8 @@ def _pass_flows(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         rw.refuse(parent, "pass_flows", "must be a list of lists of pass names")
         return
     if len(flows) > 1:
-        hint = "write the one flow you want as `passes`, in its order"
-        rw.refuse(parent, "pass_flows", "several flows are a search, which is not built yet", hint)
+        hint = "write what differs between them as alternatives, a list of passes under one name, or keep one flow"
+        rw.refuse(parent, "pass_flows", f"{len(flows)} flows: a search goes over alternatives, not over flows", hint)
         return
     if passes is not None and passes.mapping is not None and flows:
         absent = [name for name in flows[0] if not isinstance(name, str) or name not in passes.mapping]
@@ -337,10 +337,6 @@ def _forget(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     del parent.members[rule.key]
 
 
-def _search(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    rw.searched.append(parent.members.pop("search_strategy"))
-
-
 _NO_REPORT = "run.json is always written"
 _Row = tuple[str, Action, Version | None, Callable[[Node], bool] | None]
 _ROWS: tuple[_Row, ...] = (
@@ -349,7 +345,6 @@ _ROWS: tuple[_Row, ...] = (
     ("host", Custom(name_system), None, _is_mapping),
     ("target", Custom(name_system), None, _is_mapping),
     ("evaluator", Custom(name_evaluator), None, _is_mapping),
-    ("search_strategy", Custom(_search), None, lambda node: node.value not in (None, False)),
     ("cache_config", Drop("empty"), None, _off),
     ("cache_config", Custom(_cache_config), None, _is_mapping),
     ("cache_dir", Custom(_cache_dir_list), None, lambda node: node.items is not None),
@@ -367,8 +362,8 @@ _ROWS: tuple[_Row, ...] = (
     ("ort_py_log_severity_level", Drop("ONNX Runtime reports through Coldpress's own messages", warn=True), None, None),
     ("log_to_file", Drop("nothing to do"), None, _off),
     ("log_to_file", Drop("there is no log file; redirect the output instead", warn=True), None, _on),
-    ("plot_pareto_frontier", Drop("there is no search, so no frontier"), None, _off),
-    ("plot_pareto_frontier", Drop("there is no search, so no frontier to plot", warn=True), None, _on),
+    ("plot_pareto_frontier", Drop("off"), None, _off),
+    ("plot_pareto_frontier", Drop("no frontier is plotted", warn=True), None, _on),
     ("no_artifacts", Drop(_NO_REPORT), None, None),
     ("disable_telemetry", Drop("there is no telemetry"), None, None),
     ("output_name", Drop("output_dir alone says where the model goes", warn=True), V06, None),

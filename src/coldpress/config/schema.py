@@ -13,6 +13,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from coldpress.config.frozen import Frozen, Text
 from coldpress.config.metrics import Evaluator, Metric, SubType
+from coldpress.config.search_strategy import SearchStrategy
 
 __all__ = [
     "Accelerator",
@@ -32,6 +33,7 @@ __all__ = [
     "ParityLimits",
     "PassEntry",
     "PreProcess",
+    "SearchStrategy",
     "SubType",
     "System",
     "Workflow",
@@ -330,8 +332,9 @@ class Workflow(Frozen):
     """Evaluator for the input model and the final model; null measures nothing."""
     evaluate_input_model: bool = True
     """Measure the input model too."""
-    search_strategy: Literal[False] | None = None
-    """Search is not built yet: only false or null."""
+    search_strategy: bool | SearchStrategy | None = None
+    """Try several settings and keep the best: how they are looked for; true takes the defaults of that. What is
+    searched stands in the passes: alternatives under one name, lists of values, SEARCHABLE_VALUES."""
     parity: ParityLimits = ParityLimits()
     """Limits of the comparison after each lossy step."""
     workflow_id: str = Field(default="default_workflow", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -344,3 +347,10 @@ class Workflow(Frozen):
     """Forget this workflow's finished steps first."""
     log_severity_level: int = Field(default=1, ge=0, le=4)
     """0 debug, 1 info, 2 warning, 3 error, 4 critical."""
+
+    @property
+    def strategy(self) -> SearchStrategy | None:
+        """How settings are looked for; None without a search."""
+        if isinstance(self.search_strategy, SearchStrategy):
+            return self.search_strategy
+        return SearchStrategy() if self.search_strategy else None

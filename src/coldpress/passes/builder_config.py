@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from coldpress.config.candidates import Candidates
 from coldpress.config.schema import Frozen
 
 __all__ = ["PROFILES", "ModelBuilderConfig", "Profile"]
@@ -19,9 +20,28 @@ Algorithm = Literal[
 ProfileName = Literal["fast", "balanced", "accurate"]
 
 
+_OF_CODES = ("precision", ("int4", "int8"))
+_DECIDED = ("profile", "extra_options")
+"""What is said by these is not searched by default."""
+
+
 class ModelBuilderConfig(Frozen):
     """Parameters of ModelBuilder."""
 
+    searchable: ClassVar[Mapping[str, Candidates]] = {
+        "precision": Candidates(("int4", "int8")),
+        "profile": Candidates(("fast", "balanced")),
+        "int4_block_size": Candidates((32, 64, 128), by_default=True, only_with=_OF_CODES, unless=_DECIDED),
+        "int4_is_symmetric": Candidates((True, False), by_default=True, only_with=_OF_CODES, unless=_DECIDED),
+        # Olive has "default" beside "rtn", which are one here; k_quant stands in its place.
+        "int4_algo_config": Candidates(
+            ("rtn", "k_quant", "k_quant_mixed", "k_quant_last"),
+            by_default=True,
+            only_with=_OF_CODES,
+            unless=_DECIDED,
+        ),
+        "int4_accuracy_level": Candidates((1, 4), only_with=_OF_CODES),
+    }
     precision: Precision
     """Of the weights: int8, int4, and on the CPU fp32, on CUDA fp16 or bf16, on DirectML and WebGPU fp32 or fp16. int8
     and int4 compute in fp32 on the CPU and in fp16 elsewhere."""

@@ -16,6 +16,7 @@ from coldpress.artifacts.checkpoint_files import copy_configs
 from coldpress.artifacts.classifiers import ClassifierTensors, labels_of
 from coldpress.artifacts.quantized import open_checkpoint
 from coldpress.artifacts.tensors import TensorSource
+from coldpress.config.candidates import Candidates
 from coldpress.data.tokenizer import Tokenizer, copy_tokenizer
 from coldpress.errors import PlanError
 from coldpress.events import Progress
@@ -49,6 +50,7 @@ SHARD_BYTES = 5_000_000_000
 class FullFinetuneConfig(TrainingConfig):
     """Parameters of FullFinetune."""
 
+    searchable: ClassVar[Mapping[str, Candidates]] = {"training_args.learning_rate": Candidates((1e-5, 2e-5, 5e-5))}
     trainable_modules: tuple[str, ...] | None = None
     """Parts to train: names of modules (mlp, layers.31, norm), or regular expressions for whole names; null is all."""
     freeze: tuple[str, ...] | None = None

@@ -7,11 +7,13 @@ s       alpha / r, or alpha / sqrt(r) with use_rslora (Kalajdzievski 2023)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from coldpress.artifacts.base import Spec
+from coldpress.config.candidates import Candidates
 from coldpress.passes.adapter_settings import Adaptation, lora_adaptation
 from coldpress.passes.adapter_training import AdapterTraining
 from coldpress.passes.training_config import AdapterConfig
@@ -25,6 +27,10 @@ _STARTS = ("gaussian", "pissa", "olora")
 class LoRAConfig(AdapterConfig):
     """Parameters of LoRA."""
 
+    searchable: ClassVar[Mapping[str, Candidates]] = {
+        **AdapterConfig.searchable,
+        "lora_dropout": Candidates((0.0, 0.05, 0.1)),
+    }
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     use_dora: bool = False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from coldpress.config.candidates import Candidates
 from coldpress.config.schema import DataConfig, Frozen
 
 __all__ = ["AdapterConfig", "TrainingConfig"]
@@ -39,6 +40,11 @@ class TrainingConfig(Frozen):
 class AdapterConfig(TrainingConfig):
     """Parameters of every adapter's training."""
 
+    searchable: ClassVar[Mapping[str, Candidates]] = {
+        "r": Candidates((16, 32, 64), by_default=True),
+        "alpha": Candidates((16, 32, 64)),
+        "training_args.learning_rate": Candidates((5e-5, 1e-4, 2e-4, 5e-4)),
+    }
     r: int = Field(default=64, ge=1)
     """Rank of the adapter."""
     alpha: float = Field(default=16, gt=0)
