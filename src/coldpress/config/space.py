@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -81,6 +81,14 @@ class Space:
         dimension = self.dimensions[place]
         for index in range(len(dimension.choices)):
             yield from self._points(place + 1, {**chosen, dimension.name: index})
+
+    def walk(self, choose: Callable[[Dimension], int]) -> dict[str, int]:
+        """A point, dimension by dimension as they come to exist; `choose` gives the index of a choice."""
+        point: dict[str, int] = {}
+        for dimension in self.dimensions:
+            if dimension.exists(point):
+                point[dimension.name] = choose(dimension)
+        return point
 
     def settings(self, point: Point) -> dict[str, Any]:
         """The values and labels that a point stands for."""
