@@ -26,6 +26,7 @@ _VERBS = {
     "data": ("coldpress.cli.data", "Show prepared samples: text, token ids, which tokens carry loss."),
     "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records (LoRA or QLoRA)."),
     "build": ("coldpress.cli.verbs", "Build an ONNX model for ONNX Runtime GenAI."),
+    "optimize": ("coldpress.cli.optimize", "Search for the best form of a model within limits of quality and size."),
     "eval": ("coldpress.cli.evaluate", "Measure a model, or two side by side: quality, speed, memory, size."),
     "convert-adapters": ("coldpress.cli.adapters", "A PEFT adapter to a file for an ONNX model with LoRA inputs."),
     "report": ("coldpress.cli.report", "The report of a run made again, or several runs side by side."),

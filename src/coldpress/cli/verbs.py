@@ -2,73 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from coldpress.cli.data_options import data_config, text_options, text_settings
-from coldpress.errors import StoreError, UsageError
+from coldpress.cli.documents import run_options, save_or_run, skeleton
+from coldpress.errors import UsageError
 
 __all__ = ["build", "finetune"]
-
-
-def _common(command: Any) -> Any:
-    for option in reversed(
-        (
-            click.option("-o", "--output-dir", default="output", show_default=True, help="Where the model goes."),
-            click.option("--cache-dir", default=".coldpress-cache", show_default=True, help="Where finished steps go."),
-            click.option(
-                "--save-config",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="Write the workflow to FILE (.json or .yaml) and do not run it.",
-            ),
-            click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),
-            click.option(
-                "--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _workflow(model: str, output_dir: str, cache_dir: str, trust: bool, device: str, provider: str) -> dict[str, Any]:
-    loading = {"load_kwargs": {"trust_remote_code": True}} if trust else {}
-    return {
-        "input_model": {"type": "HfModel", "model_path": model, **loading},
-        "systems": {
-            "local_system": {
-                "type": "LocalSystem",
-                "accelerators": [{"device": device, "execution_providers": [provider]}],
-            }
-        },
-        "passes": {},
-        "host": "local_system",
-        "target": "local_system",
-        "cache_dir": cache_dir,
-        "output_dir": output_dir,
-    }
-
-
-def _finish(document: dict[str, Any], save_config: Path | None, trust: bool, log_format: str) -> None:
-    """Save the workflow, or run it."""
-    from coldpress.api import load_config
-    from coldpress.cli.workflow import run_and_show, say_dialect
-
-    loaded = load_config(document)
-    if save_config is not None:
-        if save_config.exists():
-            raise StoreError(f"{save_config} is there already", hint="give another name, or delete it first")
-        from coldpress.config.migrate import write_migrated
-
-        write_migrated(loaded, save_config, force=False)
-        click.echo(f"{save_config}: written; run it with: coldpress run {save_config}")
-        return
-    if log_format != "json":
-        say_dialect(loaded)
-    run_and_show(loaded, trust, log_format)
 
 
 def _share_or_count(text: str) -> float | int:
@@ -106,20 +48,20 @@ def _share_or_count(text: str) -> float | int:
 @click.option(
     "--build", "precision", type=click.Choice(["fp32", "int8", "int4"]), help="Build an ONNX model of it too."
 )
-@_common
-def finetune(model: str, data: str, **options: Any) -> None:
+@run_options
+def finetune(model: str, data: str, **options: Any) -> int:
     """Fine-tune MODEL (a checkpoint folder or hub id) on a file of records.
 
     Chat messages, ShareGPT and Alpaca records, prompts with completions are recognised by their columns; anything else
     takes --template or --text-field. `coldpress data --model MODEL --data FILE` shows what will be trained on.
     """
     document = _finetune_workflow(model, data, options)
-    _finish(document, options["save_config"], options["trust_remote_code"], options["log_format"])
+    return save_or_run(document, options["save_config"], options["trust_remote_code"], options["log_format"])
 
 
 def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, Any]:
     provider = "CPUExecutionProvider" if o["device"] == "cpu" else "CUDAExecutionProvider"
-    document = _workflow(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], o["device"], provider)
+    document = skeleton(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], o["device"], provider)
     text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
     document["data_configs"] = [data_config("train_data", data, o["split"], text)]
     held_out = _share_or_count(o["eval_size"])
@@ -189,12 +131,12 @@ def _measure_accuracy(document: dict[str, Any], data: str) -> None:
 @click.option("--adapter", help="A PEFT adapter to add to the weights while they are read.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--no-proof", is_flag=True, help="Skip the comparison with the checkpoint.")
-@_common
-def build(model: str, **options: Any) -> None:
+@run_options
+def build(model: str, **options: Any) -> int:
     """Build an ONNX model for ONNX Runtime GenAI from MODEL (a checkpoint folder or hub id)."""
     cpu = options["provider"] == "cpu"
     provider = "CPUExecutionProvider" if cpu else "CUDAExecutionProvider"
-    document = _workflow(
+    document = skeleton(
         model,
         options["output_dir"],
         options["cache_dir"],
@@ -219,4 +161,4 @@ def build(model: str, **options: Any) -> None:
     if options["no_proof"]:
         chosen["parity"] = {"enabled": False}
     document["passes"] = {"build": chosen}
-    _finish(document, options["save_config"], options["trust_remote_code"], options["log_format"])
+    return save_or_run(document, options["save_config"], options["trust_remote_code"], options["log_format"])

@@ -83,29 +83,26 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Choice |
         return None
     feasible = len(left)
     reasons: list[str] = []
-    best = left
     for objective in objectives:
-        if len(left) == 1:
-            break
         scored = [(score, trial) for trial in left if (score := objective.of(trial.scores)) is not None]
-        if not scored:
+        if len(left) == 1 or not scored:
             continue
         top, _ = min(scored, key=lambda pair: (loss(pair[0]), pair[1].number))
-        level = [(score, trial) for score, trial in scored if not _differ(top, score)]
-        left = [trial for _, trial in level]
-        said = "best" if len(left) == 1 else f"within noise of the best ({len(left)} are)"
-        reasons.append(f"{said} in {objective}: {quantity(top.value, top.unit)}")
-        best = [trial for _, trial in sorted(level, key=lambda pair: (loss(pair[0]), pair[1].number))]
-    order = {trial.number: place for place, trial in enumerate(best)}
-    winner = min(left, key=lambda trial: _key(trial, objectives, order))
+        left = [trial for score, trial in scored if not _differ(top, score)]
+        figure = f"{objective}, {quantity(top.value, top.unit)}"
+        if len(left) == 1:
+            reasons.append(f"the best in {figure}")
+        else:
+            reasons.append(f"as good as the best in {figure} ({len(left)} are, within two standard errors)")
+    winner = min(left, key=lambda trial: _key(trial, objectives))
     if feasible == 1:
         return Choice(winner, "the only one that meets every goal")
-    return Choice(winner, f"of {feasible} that meet every goal: {'; '.join(reasons)}")
+    return Choice(winner, f"of {feasible} that meet every goal {' and '.join(reasons)}")
 
 
-def _key(trial: Trial, objectives: Sequence[Objective], order: Mapping[int, int]) -> tuple[Any, ...]:
+def _key(trial: Trial, objectives: Sequence[Objective]) -> tuple[float, ...]:
     found = losses(objectives, trial.scores)
-    return (*(math.inf if one is None else one for one in found), order.get(trial.number, 0), trial.number)
+    return (*(math.inf if one is None else one for one in found), float(trial.number))
 
 
 def _differ(best: Score, other: Score) -> bool:
