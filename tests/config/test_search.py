@@ -246,6 +246,18 @@ def test_a_pass_that_is_not_searched(searched: Any, load: Load, change: Any) -> 
     assert "r" not in config.at({}).document["passes"]["ft"]
 
 
+def test_a_rank_that_is_listed_under_its_older_name_is_searched(searched: Any, load: Load) -> None:
+    searched["passes"]["ft"] = {**LORA, "lora_r": [8, 16], "disable_search": True}
+    config = load(searched)
+    assert choices(config, "ft.r") == (8, 16)
+    assert not any("DEFAULT_VALUE" in line for line in map(str, config.rewrites))
+
+
+def test_dimensions_stand_in_the_order_of_the_schema(searched: Any, load: Load) -> None:
+    searched["passes"]["ft"] = {"bias": ["none", "all"], "training_args": {"seed": [1, 2]}, "alpha": [8, 16], **LORA}
+    assert list(sizes(load(searched)))[:4] == ["ft.r", "ft.alpha", "ft.bias", "ft.training_args.seed"]
+
+
 def test_an_adapter_that_is_there_already_has_its_rank(searched: Any, load: Load) -> None:
     searched["passes"]["ft"] = dict(LORA)
     assert "ft.r" in sizes(load(searched))
@@ -649,6 +661,8 @@ def test_olives_own_candidates(searched: Any) -> None:
         "build.int4_is_symmetric": (True, False),
         "build.int4_algo_config": ("rtn", "k_quant", "k_quant_mixed", "k_quant_last"),
     }
+    searched["systems"]["box"]["accelerators"] = [{"device": "gpu", "execution_providers": ["DmlExecutionProvider"]}]
+    assert "build.int4_is_symmetric" not in sizes(load_config(searched, passes=real())), "it wants zero points"
     for change in ({"profile": "fast"}, {"extra_options": {"block_size": 32}}, {"precision": "fp32"}):
         searched["passes"]["build"] = {"type": "ModelBuilder", "precision": "int4", **change}
         assert sizes(load_config(searched, passes=real())) == {"ft.r": 3}

@@ -125,6 +125,7 @@ class _Finder:
         self.on = is_searched(rw.root)
         include = rw.root.get("search_strategy", "include_pass_params")
         self.include = self.on and (include is None or include.value is not False)
+        self.provider = _provider(rw.root)
         self.by_default: list[Dimension] = []
 
     def step(self, name: str, nodes: list[Node]) -> Step:
@@ -176,6 +177,8 @@ class _Finder:
                 at_default = [node.child(key, value) for value in candidates.values]
                 parameters.append(_parameter(prefix, step, tuple(key.split(".")), at_default, of))
                 self.by_default.append(parameters[-1].dimension)
+        order = list(model.model_fields)
+        parameters.sort(key=lambda one: order.index(one.keys[0]))
         searched = {one.keys[0] for one in parameters}
         conditions = {
             key: candidates.only_with
@@ -189,6 +192,8 @@ class _Finder:
         if not candidates.by_default or node.get(*key.split(".")) is not None:
             return False
         if any((given := node.get(name)) is not None and given.value for name in candidates.unless):
+            return False
+        if self.provider in candidates.not_for:
             return False
         if key == "r" and self.rw.root.get("input_model", "adapter_path") is not None:
             return False  # an adapter that is trained further has its rank
@@ -265,6 +270,16 @@ class _Finder:
 
     def problem(self, node: Node, message: str, hint: str) -> None:
         self.rw.problems.append(problem_at(node, message, hint=hint, at_key=True))
+
+
+def _provider(root: Node) -> str | None:
+    """The execution provider of the workflow's target, as far as the file says it."""
+    name = root.text("target") or root.text("host") or ""
+    accelerators = root.get("systems", name, "accelerators")
+    first = accelerators.items[0] if accelerators is not None and accelerators.items else None
+    providers = first.get("execution_providers") if first is not None else None
+    value = providers.items[0].value if providers is not None and providers.items else None
+    return value if isinstance(value, str) else None
 
 
 def _parameter(
