@@ -28,6 +28,8 @@ class Candidates:
     """Another parameter and those of its values with which this one has an effect."""
     unless: tuple[str, ...] = ()
     """Parameters that decide this one when they are given: it is then not searched by default."""
+    not_for: tuple[str, ...] = ()
+    """Execution providers that decide it: it is not searched by default for models that are made for them."""
 
 
 def candidates_of(model: type[BaseModel]) -> Mapping[str, Candidates]:

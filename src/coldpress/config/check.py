@@ -98,7 +98,8 @@ class _Finder:
                 node, _ = self.locate(error["loc"])
                 key = str(error["loc"][-1]) if error["type"] == "missing" else ""
                 groups.setdefault((id(node), key), []).append(error)
-        branching = self.deeper_branches(groups)
+        odd = {id(self.locate(error["loc"][:-1])[0]) for error in unknown}
+        branching = self.deeper_branches(groups, odd)
         for (identity, missing), group in groups.items():
             if identity in branching and not missing:
                 continue
@@ -126,8 +127,11 @@ class _Finder:
                 return node, str(rest[0])
         return self.root, ""
 
-    def deeper_branches(self, groups: Mapping[tuple[int, str], list[_Error]]) -> set[int]:
-        """Nodes that fit no branch of a union while one branch got further in: only the further errors are told."""
+    def deeper_branches(self, groups: Mapping[tuple[int, str], list[_Error]], odd: set[int]) -> set[int]:
+        """Nodes that fit no branch of a union while one branch got further in: only the further errors are told.
+
+        `odd`: mappings with unknown keys, which are such errors.
+        """
         told: set[int] = set()
         nodes = {identity for identity, _ in groups}
         for (identity, missing), group in groups.items():
@@ -135,7 +139,7 @@ class _Finder:
             if missing or not rest:
                 continue
             below = {id(item) for item in _descendants(node)}
-            if below & nodes or any(other == identity and key for other, key in groups):
+            if below & (nodes | odd) or identity in odd or any(other == identity and key for other, key in groups):
                 told.add(identity)
         return told
 

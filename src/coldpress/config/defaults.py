@@ -135,10 +135,16 @@ def mend_training(entry: Node, device: str) -> list[Problem]:
             message = f"{one.value} needs a GPU; {better}, the same arithmetic, is used on the CPU"
             warnings.append(problem_at(one, message))
             one.value = better
-    if strategy is not None and strategy.value in ("steps", "epoch") and not has_eval_data(entry):
-        message = "there is nothing to evaluate on (eval_data_config, eval_dataset_size); no is used"
-        warnings.append(problem_at(strategy, message))
-        arguments.mapping["eval_strategy"] = from_plain("no", strategy.path, strategy, strategy.origin)
+    if strategy is not None and not has_eval_data(entry):
+        for place, one in enumerate(strategy.items or [strategy]):
+            if one.value in ("steps", "epoch"):
+                message = "there is nothing to evaluate on (eval_data_config, eval_dataset_size); no is used"
+                warnings.append(problem_at(one, message))
+                never = from_plain("no", one.path, one, one.origin)
+                if one is strategy:
+                    arguments.mapping["eval_strategy"] = never
+                else:
+                    strategy.elements[place] = never
     steps, epochs = arguments.get("max_steps"), arguments.get("num_train_epochs")
     if steps is not None and epochs is not None and isinstance(steps.value, int) and steps.value > 0:
         message = f"max_steps = {steps.value} ends the training; num_train_epochs has no effect"

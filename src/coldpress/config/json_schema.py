@@ -77,8 +77,10 @@ def _or_several(one: Mapping[str, Any], holds_list: bool) -> dict[str, Any]:
     """A value, values for a search to try, or one of Olive's words; what is said of the value stays outside."""
     outside = {key: one[key] for key in ("title", "description", "default") if key in one}
     value = {key: item for key, item in one.items() if key not in outside}
-    several = [] if holds_list else [{"type": "array", "items": value, "minItems": 1}]
-    return {"anyOf": [value, *several, {"enum": [DEFAULT, SEARCHABLE]}], **outside}
+    several: dict[str, Any] = {"type": "array", "items": value, "minItems": 1}
+    if holds_list:  # a list of lists
+        several["contains"] = {"type": "array"}
+    return {"anyOf": [value, several, {"enum": [DEFAULT, SEARCHABLE]}], **outside}
 
 
 def _training_schema() -> dict[str, Any]:

@@ -120,7 +120,8 @@ class PassEntries:
         """No type, no known keys: one error. (An unknown type has been reported already, and taken out.)"""
         given = node.get("type")
         if given is not None:
-            return problem_at(given, "must be the name of a pass")
+            hint = "alternatives are a list of passes, each with its type" if given.items else None
+            return problem_at(given, "must be the name of a pass", hint=hint)
         return without_type(node, hint=f"passes: {', '.join(self._passes)}")
 
     def training(self, kind: str, node: Node, own: Node) -> list[Problem]:
@@ -128,7 +129,8 @@ class PassEntries:
         given = node.get("training_args")
         if given is not None and given.mapping is None:
             own.members.pop("training_args")
-            return [problem_at(given, "must be a mapping of training arguments")]
+            hint = "values to try are listed inside it, argument by argument" if given.items else None
+            return [problem_at(given, "must be a mapping of training arguments", hint=hint)]
         device = host_device(self._root, node.text("host"))
         mend_training(node, device)
         values = plain(given) if given is not None else {}

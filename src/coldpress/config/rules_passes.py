@@ -156,8 +156,9 @@ def _disable_search(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         why = "off" if not node.value else "there is no search"
         rw.drop(parent, "disable_search", why, rule=rule.name)
         return
+    older = {action.to: old for old, action, *_ in _FAMILY if isinstance(action, Rename)}
     for key, candidates in candidates_of(rw.passes[kind]).items():
-        if candidates.by_default and key not in parent.members:
+        if candidates.by_default and key not in parent.members and older.get(key) not in parent.members:
             parent.members[key] = parent.child(key, DEFAULT)
             rw.told(rule.name, node, f"{join_path(at, key)} = {DEFAULT}")
     rw.drop(parent, "disable_search", "only what is listed is searched", rule=rule.name)

@@ -16,7 +16,7 @@ _OLD_SAMPLES = 1
 _OF_TPE = "parameters are modelled together, and each alternative's for itself"
 _TWICE = "no setting is tried twice"
 _BEST = "the best model is handed over; all results stand in run.json"
-_FLAT = ("max_samples", "seed", "num_samples", "multivariate", "group", "with_replacement")
+_FLAT = ("max_samples", "seed", "num_samples")
 
 
 def _lowered(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -47,8 +47,9 @@ def _flat(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     if block is None:
         block = from_plain({}, join_path(parent.path, "sampler_config"), parent, "rule")
         parent.members["sampler_config"] = block
-    if block.mapping is None:
-        return  # what stands there is wrong, and told
+    if block.mapping is None:  # it is wrong, and told
+        rw.refuse_silently(parent, rule.key)
+        return
     if rw.move(parent, rule.key, block, rule.key):
         rw.told(rule.name, node, f"{at}.sampler_config.{rule.key}")
 
@@ -81,8 +82,14 @@ RULES: tuple[Rule, ...] = (
     Rule("search_strategy", "output_model_num", Drop(_BEST, warn=True)),
     *(Rule("search_strategy", key, Custom(_flat), V07 if key == "num_samples" else None) for key in _FLAT),
     Rule("sampler_config", "num_samples", Rename("max_samples"), V07),
-    Rule("sampler_config", "multivariate", Drop(_OF_TPE)),
-    Rule("sampler_config", "group", Drop(_OF_TPE)),
-    Rule("sampler_config", "with_replacement", Drop(_TWICE), V07, lambda node: not node.value),
-    Rule("sampler_config", "with_replacement", Drop(_TWICE, warn=True), V07),
+    *(
+        Rule(level, key, action, until, when)
+        for level in ("search_strategy", "sampler_config")
+        for key, action, until, when in (
+            ("multivariate", Drop(_OF_TPE), None, None),
+            ("group", Drop(_OF_TPE), None, None),
+            ("with_replacement", Drop(_TWICE), V07, lambda node: not node.value),
+            ("with_replacement", Drop(_TWICE, warn=True), V07, None),
+        )
+    ),
 )  # fmt: skip

@@ -59,12 +59,13 @@ class Alternative:
         if self.node.mapping is None:
             return self.node
         entry = _copy(self.node)
+        arguments = entry.get("training_args")
+        if arguments is not None and arguments.mapping is not None:  # what the point's data and machine lack is mended
+            entry.members["training_args"] = _copy(arguments)
         for one, index in zip(self.parameters, self.choices(point), strict=True):
             parent = entry
             for key in one.keys[:-1]:
-                below = parent.get(key)
-                parent.members[key] = _copy(below) if below is not None else parent.child(key, {})
-                parent = parent.members[key]
+                parent = parent.members.setdefault(key, parent.child(key, {}))
             parent.members[one.keys[-1]] = one.values[index]
         for name, (other, values) in (self.conditions or {}).items():
             beside = entry.get(other)
@@ -124,6 +125,7 @@ class _Finder:
         self.on = is_searched(rw.root)
         include = rw.root.get("search_strategy", "include_pass_params")
         self.include = self.on and (include is None or include.value is not False)
+        self.provider = _provider(rw.root)
         self.by_default: list[Dimension] = []
 
     def step(self, name: str, nodes: list[Node]) -> Step:
@@ -158,6 +160,7 @@ class _Finder:
         if arguments is not None and arguments.mapping is not None:
             fixed.members["training_args"] = _copy(arguments)
             places += [(("training_args", key), item) for key, item in arguments.mapping.items()]
+        told = len(self.rw.problems)
         for keys, item in places:
             values = self.values(keys, item, model, kind, declared)
             if values is None:
@@ -168,11 +171,14 @@ class _Finder:
                 parent.members[keys[-1]] = values[0]
             elif values:
                 parameters.append(_parameter(prefix, step, keys, values, of))
+        fixed.damaged = fixed.damaged or len(self.rw.problems) > told
         for key, candidates in declared.items() if self.include else ():
             if self.silent(node, key, candidates, parameters):
                 at_default = [node.child(key, value) for value in candidates.values]
                 parameters.append(_parameter(prefix, step, tuple(key.split(".")), at_default, of))
                 self.by_default.append(parameters[-1].dimension)
+        order = list(model.model_fields)
+        parameters.sort(key=lambda one: order.index(one.keys[0]))
         searched = {one.keys[0] for one in parameters}
         conditions = {
             key: candidates.only_with
@@ -186,6 +192,8 @@ class _Finder:
         if not candidates.by_default or node.get(*key.split(".")) is not None:
             return False
         if any((given := node.get(name)) is not None and given.value for name in candidates.unless):
+            return False
+        if self.provider in candidates.not_for:
             return False
         if key == "r" and self.rw.root.get("input_model", "adapter_path") is not None:
             return False  # an adapter that is trained further has its rank
@@ -215,8 +223,10 @@ class _Finder:
         known = keys[-1] in (model.model_fields if len(keys) == 1 else training_arguments())
         if node.value == SEARCHABLE and known:
             return self.magic(node, name, kind, declared)
-        several = node.items is not None and known and not _holds_list(keys, model)
-        return self.listed(node) if several else None
+        if node.items is None or not known:
+            return None
+        lists = any(item.items is not None for item in node.items)
+        return self.listed(node) if lists or not _holds_list(keys, model) else None
 
     def magic(self, node: Node, name: str, kind: str, declared: Mapping[str, Candidates]) -> list[Node]:
         """SEARCHABLE_VALUES: the pass's own candidates."""
@@ -232,7 +242,7 @@ class _Finder:
     def listed(self, node: Node) -> list[Node]:
         """A list of values where the parameter takes one."""
         if not self.on:
-            message = f"a list of {len(node.elements)} values is a search, and search_strategy is off"
+            message = "a list of values to try is a search, and search_strategy is off"
             self.problem(node, message, _WAY_OUT)
             return []
         if not node.elements:
@@ -260,6 +270,16 @@ class _Finder:
 
     def problem(self, node: Node, message: str, hint: str) -> None:
         self.rw.problems.append(problem_at(node, message, hint=hint, at_key=True))
+
+
+def _provider(root: Node) -> str | None:
+    """The execution provider of the workflow's target, as far as the file says it."""
+    name = root.text("target") or root.text("host") or ""
+    accelerators = root.get("systems", name, "accelerators")
+    first = accelerators.items[0] if accelerators is not None and accelerators.items else None
+    providers = first.get("execution_providers") if first is not None else None
+    value = providers.items[0].value if providers is not None and providers.items else None
+    return value if isinstance(value, str) else None
 
 
 def _parameter(

@@ -32,7 +32,13 @@ class ModelBuilderConfig(Frozen):
         "precision": Candidates(("int4", "int8")),
         "profile": Candidates(("fast", "balanced")),
         "int4_block_size": Candidates((32, 64, 128), by_default=True, only_with=_OF_CODES, unless=_DECIDED),
-        "int4_is_symmetric": Candidates((True, False), by_default=True, only_with=_OF_CODES, unless=_DECIDED),
+        "int4_is_symmetric": Candidates(
+            (True, False),
+            by_default=True,
+            only_with=_OF_CODES,
+            unless=_DECIDED,
+            not_for=("DmlExecutionProvider",),  # its kernels want zero points
+        ),
         # Olive has "default" beside "rtn", which are one here; k_quant stands in its place.
         "int4_algo_config": Candidates(
             ("rtn", "k_quant", "k_quant_mixed", "k_quant_last"),
