@@ -8,9 +8,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
+
+from pydantic import model_validator
 
 from coldpress.artifacts.base import Artifact, Spec
 from coldpress.config.schema import Frozen
@@ -30,6 +33,21 @@ class FakeConfig(Frozen):
     """Makes keys differ."""
     train_data_config: str | None = None
     """A data config, to see it in the key."""
+    figures: Mapping[str, float] = {}
+    """Written beside the result, for a metric that reads them."""
+    a: float = 0.0
+    """Added to the figure `loss`, as is b."""
+    b: float = 0.0
+    weights: int | None = None
+    """Bytes that the result's weights have, as planned."""
+    even: bool = False
+    """Refuse an odd a."""
+
+    @model_validator(mode="after")
+    def _even(self) -> FakeConfig:
+        if self.even and self.a % 2:
+            raise ValueError("a is to be even")
+        return self
 
 
 class Fake:
@@ -42,7 +60,7 @@ class Fake:
     def plan(self, config: FakeConfig, spec: Spec, env: PlanContext) -> Planned:
         if config.behave == "refuse":
             raise PlanError("this pass refuses", hint="do not ask it")
-        return Planned(spec, Estimate(ram=config.ram, disk=100, seconds=1.0), notes=("a fake",))
+        return Planned(spec, Estimate(ram=config.ram, disk=100, seconds=1.0), ("a fake",), config.weights)
 
     def limits(self, config: FakeConfig, spec: Spec) -> Limits | None:
         return None
@@ -65,6 +83,11 @@ class Fake:
             os.kill(os.getpid(), signal.SIGSEGV)
         if config.behave == "full":
             raise OSError(errno.ENOSPC, "No space left on device", str(ctx.output / "half"))
+        before = model.path / "figures.json"
+        figures = json.loads(before.read_text()) if before.is_file() else {}
+        figures.update(config.figures)
+        figures["loss"] = figures.get("loss", 0.0) + config.a + config.b
+        (ctx.output / "figures.json").write_text(json.dumps(figures))
         made = replace(model, path=ctx.output, tokenizer=model.tokenizer_path)
         if config.behave == "wrong":
             (ctx.output / "genai_config.json").write_text("{}")
