@@ -141,19 +141,20 @@ def test_what_the_plan_proves_out_of_bounds_is_not_run_and_not_counted(search: A
 
 def test_failed_refused_and_invalid_settings_are_shown_and_not_fatal(search: Any) -> None:
     behave = ["fail", "crash", "refuse", "killed", "ok"]
-    result, events = search([{"behave": behave}, {"a": [2, 1], "even": True}], custom("loss", priority=1))
+    result, events = search([{"behave": behave}, {"a": [2, 1], "even": [True, False]}], custom("loss", priority=1))
     by_setting = {tuple(trial.settings.values()): trial for trial in result.search.trials}
-    assert result.search.trials[result.search.winner - 1].settings == {"step0.behave": "ok", "step1.a": 2}
-    assert by_setting["fail", 2].state == "failed"
-    assert "it failed on purpose" in by_setting["fail", 2].why
-    assert "RuntimeError" in by_setting["crash", 2].why
-    assert by_setting["refuse", 2].state == "pruned"
-    assert "this pass refuses" in by_setting["refuse", 2].why
-    assert "was killed (signal 9)" in by_setting["killed", 2].why
-    assert by_setting["ok", 1].state == "pruned"
-    assert "a is to be even" in by_setting["ok", 1].why
+    best = {"step0.behave": "ok", "step1.a": 1, "step1.even": False}
+    assert result.search.trials[result.search.winner - 1].settings == best
+    assert by_setting["fail", 2, True].state == "failed"
+    assert "it failed on purpose" in by_setting["fail", 2, True].why
+    assert "RuntimeError" in by_setting["crash", 2, True].why
+    assert by_setting["refuse", 2, True].state == "pruned"
+    assert "this pass refuses" in by_setting["refuse", 2, True].why
+    assert "was killed (signal 9)" in by_setting["killed", 2, True].why
+    assert by_setting["ok", 1, True].state == "pruned"
+    assert "a is to be even" in by_setting["ok", 1, True].why
     finished = [event for event in events if isinstance(event, TrialFinished)]
-    assert [event.number for event in finished] == list(range(1, 11))
+    assert [event.number for event in finished] == list(range(1, 21))
 
 
 def test_a_metric_that_raises_or_is_no_number_fails_its_trial_alone(search: Any) -> None:

@@ -7,6 +7,7 @@ for every parameter at every point.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["Alternative", "Parameter", "Step", "find_steps", "space_of"]
 
 _OWN = frozenset(("type", "host", "evaluator", "parity", "training_args"))
 """Keys of a pass that have one value in any case."""
+_WORD = re.compile(r"[\w-]{1,24}")
 _WAY_OUT = "write search_strategy: true, or one value"
 
 
@@ -290,14 +292,26 @@ def _parameter(
 
 
 def _labels(nodes: Sequence[Node]) -> list[str]:
-    """The type of each, numbered from the second of a type on."""
+    """The type of each; of several of a type with the value that tells them apart, else numbered from the second on."""
+    kinds = [node.text("type") or "pass" for node in nodes]
     labels: list[str] = []
-    counts: dict[str, int] = {}
-    for node in nodes:
-        kind = node.text("type") or "pass"
-        counts[kind] = counts.get(kind, 0) + 1
-        labels.append(kind if counts[kind] == 1 else f"{kind} {counts[kind]}")
+    for place, (kind, node) in enumerate(zip(kinds, nodes, strict=True)):
+        alike = [other for other, name in zip(nodes, kinds, strict=True) if name == kind]
+        told = _telling(alike) if len(alike) > 1 else None
+        number = kinds[:place].count(kind) + 1
+        plainly = kind if number == 1 else f"{kind} {number}"
+        labels.append(plainly if told is None else f"{kind} {plain(node.members[told])}")
     return labels
+
+
+def _telling(nodes: Sequence[Node]) -> str | None:
+    """A key whose value is a word or a number in all of them, and another one in each."""
+    for key in nodes[0].mapping or ():
+        values = [value for node in nodes if (value := node.get(key)) is not None]
+        texts = {str(value.value) for value in values if isinstance(value.value, str | int)}
+        if key not in _OWN and len(texts) == len(nodes) and all(_WORD.fullmatch(text) for text in texts):
+            return key
+    return None
 
 
 def _holds_list(keys: tuple[str, ...], model: type[BaseModel]) -> bool:
