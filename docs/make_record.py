@@ -58,6 +58,8 @@ def _type(annotation: object) -> str:
     """A type as JSON has it."""
     if annotation is type(None):
         return "null"
+    if annotation is typing.Any:
+        return "any value"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return next(title for title, part in PARTS if part is annotation).lower()
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
