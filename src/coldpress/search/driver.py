@@ -10,6 +10,7 @@ that was stopped goes through the same trials again, finds them in the store, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,7 +32,7 @@ from coldpress.engine.outcome import Outcome
 from coldpress.engine.plan import Plan, input_artifact
 from coldpress.engine.result import RunResult
 from coldpress.engine.run import Before, complete_plan, run_plan
-from coldpress.errors import ColdpressError, ConfigError, Interrupted, StepError, UnmetError
+from coldpress.errors import ColdpressError, ConfigError, Interrupted, StepError, StoreError, UnmetError
 from coldpress.events import (
     Event,
     Message,
@@ -390,8 +391,8 @@ class _Search:
             self.plan, self._started_at, time.perf_counter() - self._started, (), (), self.warnings,
             search=self._record(None), asked=self.loaded,
         )  # fmt: skip
-        page = outcome.write_failure(error, None)
-        self._emit(Message("info", f"what was tried, and why it ended: {page}"))
+        with contextlib.suppress(StoreError):
+            self._emit(Message("info", f"what was tried, and why it ended: {outcome.write_failure(error, None)}"))
 
     def _so_far(self) -> str:
         choice = self._choice()
