@@ -54,6 +54,15 @@ class Alternative:
         """The index of each parameter's value; the first where the point says nothing."""
         return tuple(point.get(one.dimension.name, 0) for one in self.parameters)
 
+    def effective(self, parameter: Parameter) -> Point:
+        """A choice of another parameter beside which this one has an effect; empty where it always has one."""
+        other, values = (self.conditions or {}).get(parameter.keys[0], ("", ()))
+        for one in self.parameters:
+            if one.keys == (other,):
+                found = [index for index, choice in enumerate(one.dimension.choices) if choice in values]
+                return {one.dimension.name: found[0]} if found else {}
+        return {}
+
     def at(self, point: Point) -> Node:
         """The pass with one value for each parameter. What has no effect there is left out."""
         if self.node.mapping is None:
@@ -185,6 +194,12 @@ class _Finder:
             for key, candidates in declared.items()
             if candidates.only_with is not None and candidates.only_with[0] in searched
         }
+        for key, (other, wanted) in conditions.items():
+            beside = next((one.dimension.choices for one in parameters if one.keys == (other,)), ())
+            given = node.get(key)
+            if given is not None and not any(choice in wanted for choice in beside):
+                message = f"has no effect at {other} {', '.join(map(str, beside))}, the values that are searched"
+                self.problem(given, message, f"leave it out, or search {other} {', '.join(map(str, wanted))} as well")
         return Alternative(index, fixed, tuple(parameters), conditions)
 
     def silent(self, node: Node, key: str, candidates: Candidates, parameters: Sequence[Parameter]) -> bool:
@@ -263,7 +278,8 @@ class _Finder:
         for node in nodes:
             key = json.dumps(_comparable(plain(node)), sort_keys=True)
             if key in kept:
-                message = f"the same {what} as {kept[key].path}, {shown(node)}; dropped"
+                value = "" if node.mapping is not None or node.items is not None else f", {shown(node)}"
+                message = f"the same {what} as {kept[key].path}{value}; dropped"
                 self.rw.warnings.append(problem_at(node, message))
             kept.setdefault(key, node)
         return list(kept.values())
