@@ -311,6 +311,11 @@ def test_a_value_that_has_no_effect_at_any_setting(searched: Any, problems_of: P
     assert problem.hint == "leave it out, or search precision int4, int8 as well"
 
 
+def test_the_default_value_needs_no_effect(searched: Any, load: Load) -> None:
+    searched["passes"]["build"].update({"precision": ["fp32", "fp16"], "disable_search": True})
+    assert sizes(load(searched)) == {"build.precision": 2}
+
+
 def test_a_parameter_that_takes_a_list_is_searched_by_lists(searched: Any, load: Load) -> None:
     searched["passes"]["ft"]["target_modules"] = ["q_proj", "v_proj"]
     assert "ft.target_modules" not in sizes(load(searched))

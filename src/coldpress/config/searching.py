@@ -194,13 +194,19 @@ class _Finder:
             for key, candidates in declared.items()
             if candidates.only_with is not None and candidates.only_with[0] in searched
         }
+        self.refuse_without_effect(node, parameters, conditions)
+        return Alternative(index, fixed, tuple(parameters), conditions)
+
+    def refuse_without_effect(
+        self, node: Node, parameters: Sequence[Parameter], conditions: Mapping[str, tuple[str, tuple[Any, ...]]]
+    ) -> None:
+        """What the file gives and no setting would use."""
         for key, (other, wanted) in conditions.items():
             beside = next((one.dimension.choices for one in parameters if one.keys == (other,)), ())
             given = node.get(key)
-            if given is not None and not any(choice in wanted for choice in beside):
+            if given is not None and given.value != DEFAULT and not any(choice in wanted for choice in beside):
                 message = f"has no effect at {other} {', '.join(map(str, beside))}, the values that are searched"
                 self.problem(given, message, f"leave it out, or search {other} {', '.join(map(str, wanted))} as well")
-        return Alternative(index, fixed, tuple(parameters), conditions)
 
     def silent(self, node: Node, key: str, candidates: Candidates, parameters: Sequence[Parameter]) -> bool:
         """Whether a parameter is searched by default: the file says nothing of it, and it would have an effect."""
