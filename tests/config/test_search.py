@@ -191,7 +191,8 @@ def test_a_search_needs_a_priority_or_a_goal(searched: Any, load: Load, problems
     (problem,) = problems_of(searched)
     assert problem.path == "search_strategy"
     assert "nothing in tones has a priority or a goal" in problem.message
-    assert problem.hint == "give a sub type of a metric priority: 1, or a goal"
+    hint = "give one of evaluators.tones.metrics sub_types: [{name: ..., priority: 1}], or a goal there"
+    assert problem.hint == hint
     sub["goal"] = {"type": "threshold", "value": 0.5}
     assert load(searched).space is not None
 
