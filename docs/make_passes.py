@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
+from coldpress.config.candidates import Candidates, candidates_of
 from coldpress.registry import PASSES
 
 __all__ = ["page"]
@@ -20,6 +23,18 @@ def _type(annotation: object) -> str:
     for prefix in ("typing.", "collections.abc.", "coldpress.config.schema."):
         text = text.replace(prefix, "")
     return text.replace("|", "\\|")
+
+
+def _candidates(declared: Mapping[str, Candidates]) -> list[str]:
+    """What SEARCHABLE_VALUES stands for in a pass."""
+    if not declared:
+        return []
+    told = [
+        f"- `{key}`: {', '.join(json.dumps(value) for value in one.values)}"
+        + (" (by default)" if one.by_default else "")
+        for key, one in declared.items()
+    ]
+    return ["", "Candidates of a [search](config.md#search):", "", *told]
 
 
 def page() -> str:
@@ -45,6 +60,7 @@ def page() -> str:
             shown = "required" if default is PydanticUndefined else f"`{default}`"
             help_text = " ".join((field.description or "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {_type(field.annotation)} | {shown} | {help_text} |")
+        lines += _candidates(candidates_of(cls.Config))
     return "\n".join(lines) + "\n"
 
 

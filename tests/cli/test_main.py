@@ -85,6 +85,24 @@ def test_a_missing_file_is_one_clear_message(verb: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_check_shows_what_a_search_chooses_from(tmp_path: Path) -> None:
+    metric = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes", "priority": 1}]}
+    config = {
+        "input_model": {"type": "HfModel", "model_path": "some/model"},
+        "evaluators": {"sizes": {"metrics": [metric]}},
+        "evaluator": "sizes",
+        "passes": {"build": {"type": "ModelBuilder", "precision": ["int4", "int8"], "profile": ["fast", "balanced"]}},
+        "search_strategy": {"sampler": "random"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = coldpress("check", "config.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "search: random over 4 settings: build.precision (2), build.profile (2)"
+    done = coldpress("check", "config.json", "search_strategy=false", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "write search_strategy: true, or one value" in done.stderr
+
+
 def test_no_file_at_all() -> None:
     done = coldpress("run")
     assert done.returncode == 2

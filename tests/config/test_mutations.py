@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,11 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 3.5, "", "x", "cpu", [], ["gpu", "cpu"], {}, {"type": "x"}, [[]], [{}], [None],
     "SEARCHABLE_VALUES", "DEFAULT_VALUE", {"config": None}, {"config": {"config": {}}}, "😀", {"params": 3}, 1e300,
     10**40, "{", "}{", "Your name", {"device": "gpu"}, {"name": "x"}, {"max_steps": "x"},
+]  # fmt: skip
+SEARCHED: list[Any] = [
+    [8, 16], ["LoRA"], ["int4", "fp32"], [1e-4, 1e-3], [[1], [2]], True, {"sampler": "random"}, "SEARCHABLE_VALUES",
+    [{"type": "LoRA"}, {"type": "ModelBuilder", "precision": "int4"}], {"search_algorithm": "tpe"},
+    {"olive_parameter_type": "SearchParameter", "type": "Boolean"},
 ]  # fmt: skip
 KEYS = [
     "config", "params", "type", "name", "engine", "extra", "hf_config", "components", "params_config", "pass_flows",
@@ -45,7 +51,7 @@ def spots(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | 
         yield from spots(item, (*path, key))
 
 
-def mutated(document: Any, rng: random.Random) -> Any:
+def mutated(document: Any, rng: random.Random, values: list[Any] = VALUES) -> Any:
     document = copy.deepcopy(document)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
         places = [path for path in spots(document) if path]
@@ -58,7 +64,7 @@ def mutated(document: Any, rng: random.Random) -> Any:
         last: Any = path[-1]
         action = rng.choice(["set", "delete", "misspell", "add", "wrap"])
         if action == "set":
-            parent[last] = copy.deepcopy(rng.choice(VALUES))
+            parent[last] = copy.deepcopy(rng.choice(values))
         elif action == "delete":
             del parent[last]
         elif action == "wrap":
@@ -67,7 +73,7 @@ def mutated(document: Any, rng: random.Random) -> Any:
             at = rng.randrange(len(last)) if last else 0
             parent[last[:at] + last[at + 1 :]] = parent.pop(last)
         elif isinstance(parent, dict):
-            parent[rng.choice(KEYS)] = copy.deepcopy(rng.choice(VALUES))
+            parent[rng.choice(KEYS)] = copy.deepcopy(rng.choice(values))
     return document
 
 
@@ -81,6 +87,34 @@ def test_random_changes_of_the_tree(seed_file: Path, passes: Mapping[str, type[B
         refused += bool(found)
         assert all(problem.message for problem in found)
     assert refused > 50
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_changes_of_a_search(today: Any, passes: Mapping[str, type[BaseModel]], seed: int) -> None:
+    """What loads can be written, and so can each of its points."""
+    today["search_strategy"] = {"sampler": "random", "include_pass_params": True}
+    lora = {"type": "LoRA", "train_data_config": "train", "training_args": {"learning_rate": [1e-4, 1e-3]}}
+    today["passes"]["ft"] = [lora, {**lora, "type": "QLoRA", "config": {"alpha": [8, 16]}, "disable_search": True}]
+    today["passes"]["build"]["precision"] = ["fp32", "int4"]
+    rng = random.Random(seed)
+    refused = 0
+    for _ in range(300):
+        document = mutated(today, rng, VALUES + 2 * SEARCHED)
+        found = problems(document, [], passes)
+        assert all(problem.message for problem in found)
+        refused += bool(found)
+        if found:
+            continue
+        config = load_config(document, passes=passes)
+        again = load_config(json.loads(json.dumps(config.document)), passes=passes)
+        assert (again.workflow, again.space) == (config.workflow, config.space)
+        for point in itertools.islice(config.space.points(), 3) if config.space is not None else ():
+            try:
+                at = config.at(point)
+            except ConfigError:
+                continue
+            assert load_config(json.loads(json.dumps(at.document)), passes=passes).workflow == at.workflow
+    assert 100 < refused < 280
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.yaml"])

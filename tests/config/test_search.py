@@ -12,6 +12,7 @@ import pytest
 
 from coldpress.config.json_schema import workflow_json_schema
 from coldpress.config.load import LoadedConfig, load_config
+from coldpress.config.migrate import write_migrated
 from coldpress.config.search_strategy import SamplerConfig, SearchStrategy
 from coldpress.config.space import Space
 from coldpress.errors import ConfigError, Problem
@@ -111,10 +112,11 @@ def test_the_names_and_defaults_before_0_8(local: Any, load: Load, value: Any, e
     metric = {"name": "ppl", "type": "perplexity", "sub_types": [sub], "data_config": data}
     local["evaluators"] = {"tones": {"metrics": [metric]}}
     local["engine"]["evaluator"] = "tones"
-    local["engine"]["search_strategy"] = {"execution_order": "joint", "output_model_num": 2, **value}
+    local["engine"]["search_strategy"] = {"output_model_num": 2, "max_time": 60, **value}
     config = load(local)
     strategy = config.workflow.strategy
     assert strategy is not None
+    assert strategy.max_time == 60
     assert (strategy.sampler, strategy.sampler_config.max_samples, strategy.sampler_config.seed) == expected
     assert any(warning.path == "engine.search_strategy.output_model_num" for warning in config.warnings)
     if value.get("search_algorithm"):
@@ -189,7 +191,8 @@ def test_a_search_needs_a_priority_or_a_goal(searched: Any, load: Load, problems
     (problem,) = problems_of(searched)
     assert problem.path == "search_strategy"
     assert "nothing in tones has a priority or a goal" in problem.message
-    assert problem.hint == "give a sub type of a metric priority: 1, or a goal"
+    hint = "give one of evaluators.tones.metrics sub_types: [{name: ..., priority: 1}], or a goal there"
+    assert problem.hint == hint
     sub["goal"] = {"type": "threshold", "value": 0.5}
     assert load(searched).space is not None
 
@@ -288,6 +291,30 @@ def test_what_has_no_effect_at_a_point_is_left_out_there(searched: Any, load: Lo
     point = {"build.precision": 0, "build.int4_block_size": 1}
     assert config.at(point).document["passes"]["build"] == {"type": "ModelBuilder", "precision": "fp32"}
     assert config.at({**point, "build.precision": 1}).document["passes"]["build"]["int4_block_size"] == 128
+
+
+@pytest.mark.parametrize(("value", "place"), [([32, 48], ".1"), ([48, 32], ".0"), (48, "")])
+def test_values_are_checked_where_they_have_an_effect(
+    searched: Any, problems_of: Problems, value: Any, place: str
+) -> None:
+    searched["passes"]["build"].update({"precision": ["fp32", "int4"], "int4_block_size": value})
+    (problem,) = problems_of(searched)
+    assert problem.path == f"passes.build.int4_block_size{place}"
+    assert problem.message == "must be one of 16, 32, 64, 128, 256, got 48"
+
+
+@pytest.mark.parametrize("value", [32, [32, 64], "SEARCHABLE_VALUES"])
+def test_a_value_that_has_no_effect_at_any_setting(searched: Any, problems_of: Problems, value: Any) -> None:
+    searched["passes"]["build"].update({"precision": ["fp32", "fp16"], "int4_block_size": value})
+    (problem,) = problems_of(searched)
+    assert problem.path == "passes.build.int4_block_size"
+    assert problem.message == "has no effect at precision fp32, fp16, the values that are searched"
+    assert problem.hint == "leave it out, or search precision int4, int8 as well"
+
+
+def test_the_default_value_needs_no_effect(searched: Any, load: Load) -> None:
+    searched["passes"]["build"].update({"precision": ["fp32", "fp16"], "disable_search": True})
+    assert sizes(load(searched)) == {"build.precision": 2}
 
 
 def test_a_parameter_that_takes_a_list_is_searched_by_lists(searched: Any, load: Load) -> None:
@@ -543,6 +570,22 @@ def test_overrides_ask_for_a_search(searched: Any, load: Load) -> None:
     assert sizes(config) == {"ft.r": 2}
 
 
+@pytest.mark.parametrize("name", ["new.json", "new.yaml"])
+def test_migrate_writes_a_search_in_todays_language(searched: Any, load: Load, tmp_path: Path, name: str) -> None:
+    searched["search_strategy"] = {"search_algorithm": "random", "num_samples": 5, "seed": 2}
+    searched["passes"]["ft"] = [
+        {"type": "LoRA", "config": {"lora_r": [8, 16], "train_data_config": "train"}},
+        {"type": "QLoRA", "config": {"lora_r": 8, "train_data_config": "train"}, "disable_search": True},
+    ]
+    old = load(searched)
+    write_migrated(old, tmp_path / name)
+    new = load(tmp_path / name)
+    assert new.dialect == "today"
+    assert (new.workflow, new.space) == (old.workflow, old.space)
+    assert new.document == old.document
+    assert [rewrite.rule for rewrite in new.rewrites] == ["search.include_pass_params"]
+
+
 # ---- what is refused
 
 WAY = "write search_strategy: true, or one value"
@@ -680,6 +723,18 @@ def test_every_candidate_of_the_real_passes_is_valid(searched: Any, name: str) -
     searched["passes"] = {"one": entry}
     config = load_config(searched, passes=real())
     assert sizes(config) == {f"one.{key}": len(one.values) for key, one in PASSES[name].Config.searchable.items()}
+
+
+def test_the_example_of_the_docs(searched: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    _, example, after = page.split("## Search")[1].split("```", 2)
+    searched.update(json.loads(example.removeprefix("json")))
+    searched["evaluators"] = {"quality": searched["evaluators"]["tones"]}
+    config = load_config(searched, passes=real())
+    assert config.space is not None
+    assert config.workflow.strategy is not None
+    said = f"search: {config.workflow.strategy.sampler} over {config.space.size} settings: {config.space}"
+    assert said in after
 
 
 def test_the_schema_takes_a_search(today: Any, load: Load, passes: Any) -> None:

@@ -74,7 +74,8 @@ class PassEntries:
                 first = self.entry(alternative.at({}))[1]
                 found += first
                 for parameter in alternative.parameters:
-                    for index in range(1, len(parameter.values)):
+                    tried = 0 if alternative.effective(parameter) else 1  # the first values are tried already
+                    for index in range(tried, len(parameter.values)):
                         found += self.of_value(alternative, parameter, index, first)
         return found
 
@@ -82,7 +83,7 @@ class PassEntries:
         self, alternative: Alternative, parameter: Parameter, index: int, first: Sequence[Problem]
     ) -> list[Problem]:
         """What is wrong with a value whatever stands beside it; with some settings only, it is told at the point."""
-        chosen = {parameter.dimension.name: index}
+        chosen = {**alternative.effective(parameter), parameter.dimension.name: index}
         found = [one for one in self.entry(alternative.at(chosen))[1] if one not in first]
         if not found or first:
             return found

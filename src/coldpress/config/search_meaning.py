@@ -29,7 +29,10 @@ def check_objectives(root: Node) -> list[Problem]:
     if any(one is None or one.damaged for one in evaluators) or any(map(_objective, evaluators)):
         return []
     message = f"a search compares results, and nothing in {', '.join(dict.fromkeys(named))} has a priority or a goal"
-    return [problem_at(strategy, message, hint="give a sub type of a metric priority: 1, or a goal")]
+    hint = f"give one of evaluators.{named[0]}.metrics sub_types: [{{name: ..., priority: 1}}], or a goal there"
+    if any(one is not None and one.get("tasks") is not None for one in evaluators):
+        hint += "; for tasks write a metric of type lm_eval"
+    return [problem_at(strategy, message, hint=hint)]
 
 
 def _objective(evaluator: Node | None) -> bool:

@@ -56,6 +56,15 @@ class Alternative:
         """The index of each parameter's value; the first where the point says nothing."""
         return tuple(point.get(one.dimension.name, 0) for one in self.parameters)
 
+    def effective(self, parameter: Parameter) -> Point:
+        """A choice of another parameter beside which this one has an effect; empty where it always has one."""
+        other, values = (self.conditions or {}).get(parameter.keys[0], ("", ()))
+        for one in self.parameters:
+            if one.keys == (other,):
+                found = [index for index, choice in enumerate(one.dimension.choices) if choice in values]
+                return {one.dimension.name: found[0]} if found else {}
+        return {}
+
     def at(self, point: Point) -> Node:
         """The pass with one value for each parameter. What has no effect there is left out."""
         if self.node.mapping is None:
@@ -187,7 +196,19 @@ class _Finder:
             for key, candidates in declared.items()
             if candidates.only_with is not None and candidates.only_with[0] in searched
         }
+        self.refuse_without_effect(node, parameters, conditions)
         return Alternative(index, fixed, tuple(parameters), conditions)
+
+    def refuse_without_effect(
+        self, node: Node, parameters: Sequence[Parameter], conditions: Mapping[str, tuple[str, tuple[Any, ...]]]
+    ) -> None:
+        """What the file gives and no setting would use."""
+        for key, (other, wanted) in conditions.items():
+            beside = next((one.dimension.choices for one in parameters if one.keys == (other,)), ())
+            given = node.get(key)
+            if given is not None and given.value != DEFAULT and not any(choice in wanted for choice in beside):
+                message = f"has no effect at {other} {', '.join(map(str, beside))}, the values that are searched"
+                self.problem(given, message, f"leave it out, or search {other} {', '.join(map(str, wanted))} as well")
 
     def silent(self, node: Node, key: str, candidates: Candidates, parameters: Sequence[Parameter]) -> bool:
         """Whether a parameter is searched by default: the file says nothing of it, and it would have an effect."""
@@ -265,7 +286,8 @@ class _Finder:
         for node in nodes:
             key = json.dumps(_comparable(plain(node)), sort_keys=True)
             if key in kept:
-                message = f"the same {what} as {kept[key].path}, {shown(node)}; dropped"
+                value = "" if node.mapping is not None or node.items is not None else f", {shown(node)}"
+                message = f"the same {what} as {kept[key].path}{value}; dropped"
                 self.rw.warnings.append(problem_at(node, message))
             kept.setdefault(key, node)
         return list(kept.values())

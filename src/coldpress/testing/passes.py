@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from coldpress.artifacts.base import Artifact
+from coldpress.config.candidates import candidates_of
 from coldpress.config.schema import Accelerator, DataConfig
 from coldpress.events import Event
 from coldpress.hardware import detect
@@ -73,6 +74,15 @@ class PassContract:
     def test_every_field_has_help(self, case: PassCase) -> None:
         fields = type(case.config).model_fields
         assert not [name for name, field_ in fields.items() if not field_.description]
+
+    def test_candidates_of_a_search_are_values(self, case: PassCase) -> None:
+        """What SEARCHABLE_VALUES stands for, one value at a time; training arguments are checked by the loader."""
+        cls, given = type(case.config), case.config.model_dump(exclude_unset=True)
+        for key, candidates in candidates_of(cls).items():
+            assert key.split(".")[0] in cls.model_fields, f"there is no parameter {key}"
+            assert len(candidates.values) > 1, f"{key} has nothing to choose from"
+            for value in candidates.values if "." not in key else ():
+                cls.model_validate({**given, key: value})
 
     def test_declarations(self, case: PassCase) -> None:
         cls = type(case.made)
