@@ -640,7 +640,7 @@ def test_top_level_keys_that_are_refused(today: Any, problems_of: Problems, key:
     [
         ("log_to_file", "x.log", True),
         ("log_to_file", False, False),
-        ("plot_pareto_frontier", True, True),
+        ("plot_pareto_frontier", True, False),
         ("no_artifacts", True, False),
         ("ort_log_severity_level", 3, True),
         ("clean_evaluation_cache", False, False),

@@ -318,3 +318,14 @@ def test_stopped_it_says_what_is_the_best_so_far(workflow: Any, tmp_path: Path) 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped after 1 trials, which are kept; best so far: trial 1 (step0.a 4" in errors
+
+
+def test_settings_that_make_the_same_model_are_measured_once(search: Any, tmp_path: Path) -> None:
+    passes = [
+        {"type": "Fake", "a": 1},
+        {"type": "Fake", "a": 1, "ram": [1000, 1000.0]},
+        {"type": "Fake", "a": 1, "b": 0.0},
+    ]
+    result, _ = search([], custom("loss", priority=1), max_samples=2, more={"passes": {"only": passes}})
+    assert [trial.same_as for trial in result.search.trials][1:] == [1, 1]
+    assert len(calls(tmp_path)) == 1

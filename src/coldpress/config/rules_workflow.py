@@ -363,7 +363,7 @@ _ROWS: tuple[_Row, ...] = (
     ("log_to_file", Drop("nothing to do"), None, _off),
     ("log_to_file", Drop("there is no log file; redirect the output instead", warn=True), None, _on),
     ("plot_pareto_frontier", Drop("off"), None, _off),
-    ("plot_pareto_frontier", Drop("no frontier is plotted", warn=True), None, _on),
+    ("plot_pareto_frontier", Drop("report.html shows the frontier of a search"), None, _on),
     ("no_artifacts", Drop(_NO_REPORT), None, None),
     ("disable_telemetry", Drop("there is no telemetry"), None, None),
     ("output_name", Drop("output_dir alone says where the model goes", warn=True), V06, None),

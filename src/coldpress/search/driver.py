@@ -46,7 +46,7 @@ from coldpress.search.gate import Room
 from coldpress.search.objectives import losses, objectives_of
 from coldpress.search.recorded import figures, search_record
 from coldpress.search.samplers import make_sampler
-from coldpress.search.trial_run import Asked, Bench, Planned, plan_trial, run_trial
+from coldpress.search.trial_run import Asked, Bench, Planned, again, plan_trial, run_trial
 from coldpress.search.trials import Choice, Trial, choose, nearest
 
 __all__ = ["search"]
@@ -279,7 +279,7 @@ class _Search:
     def _limit(self, running: int) -> str:
         """Why no further trial begins; empty while there is none."""
         strategy = self.strategy
-        begun = sum(trial.state != "pruned" for trial in self.trials) + running
+        begun = sum(trial.state != "pruned" and trial.same_as is None for trial in self.trials) + running
         if strategy.max_iter is not None and begun >= strategy.max_iter:
             return f"max_iter: {strategy.max_iter} trials"
         if strategy.max_time is not None and time.perf_counter() - self._started >= strategy.max_time:
@@ -290,7 +290,16 @@ class _Search:
         """A trial that is to run beside the others."""
         number = len(self.trials) + running + 1
         asked = Asked(number, point, self.space.settings(point), steps)
-        return plan_trial(asked, self.loaded, self._bench, trust_remote_code=self.trust)
+        planned = plan_trial(asked, self.loaded, self._bench, trust_remote_code=self.trust)
+        twin = None if planned.plan is None else self._twin(planned.plan.steps[-1].key)
+        if twin is None:
+            return planned
+        # Options without effect beside others make settings that are the same model.
+        return Planned(asked, refused=again(twin, asked))
+
+    def _twin(self, key: str | None) -> Trial | None:
+        """The trial that made this very model."""
+        return next((one for one in self.trials if key is not None and one.key == key and one.same_as is None), None)
 
     def _try(self, planned: Planned) -> Trial:
         if planned.refused is not None:
@@ -308,9 +317,7 @@ class _Search:
 
     def _done(self, trial: Trial) -> Trial:
         """Note a trial and tell of it; one that made the very model of another is that one again."""
-        twin = next(
-            (one for one in self.trials if trial.key is not None and one.key == trial.key and one.same_as is None), None
-        )
+        twin = self._twin(trial.key)
         if twin is not None:
             trial = dataclasses.replace(trial, same_as=twin.number)
         self.trials.append(trial)

@@ -26,7 +26,7 @@ from coldpress.search.objectives import dearness, missed
 from coldpress.search.trials import Trial, total_violation
 from coldpress.units import quantity
 
-__all__ = ["Asked", "Bench", "Planned", "plan_trial", "run_trial"]
+__all__ = ["Asked", "Bench", "Planned", "again", "plan_trial", "run_trial"]
 
 _ENDS_ALL = (Interrupted, StoreError)
 """Errors that are not the trial's: the next one would end the same way."""
@@ -120,6 +120,13 @@ def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
 
 def _silent(event: Event) -> None:
     """Nobody listens."""
+
+
+def again(twin: Trial, asked: Asked) -> Trial:
+    """A setting that makes the very model of another trial."""
+    return dataclasses.replace(
+        twin, number=asked.number, point=asked.point, settings=asked.settings, seconds=0.0, same_as=twin.number
+    )
 
 
 def run_trial(asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> Trial:
