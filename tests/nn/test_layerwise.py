@@ -287,7 +287,7 @@ LAYERS, HIDDEN, INNER = 24, 512, 2048
 MEASURE = """
 import sys
 from pathlib import Path
-from coldpress.engine.worker import PeakMeter
+from coldpress.memory import PeakMeter
 from coldpress.evaluate import runners
 from coldpress.nn import imports
 imports.load_inference()

@@ -29,55 +29,13 @@ from coldpress.engine.store import as_store_error
 from coldpress.errors import ColdpressError, MissingExtraError, StoreError
 from coldpress.events import Event, Progress, event_to_json
 from coldpress.hardware import detect
+from coldpress.memory import PeakMeter
 from coldpress.passes.base import Context
 from coldpress.registry import PASSES
 from coldpress.systems.job import Job, artifact_from_dict, artifact_to_dict
 from coldpress.systems.remote import STOP_LINE
 
-__all__ = ["PeakMeter", "main", "perform"]
-
-_STATUS = Path("/proc/self/status")
-
-
-class PeakMeter:
-    """Highest resident and anonymous memory of this process while the block runs, in bytes, sampled every 20 ms."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.anonymous = 0
-        self.now = 0
-        """Resident memory at the last sample."""
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> PeakMeter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            total, anonymous = _resident()
-            self.now = total
-            self.total, self.anonymous = max(self.total, total), max(self.anonymous, anonymous)
-            if self._done.wait(0.02):
-                return
-
-
-def _resident() -> tuple[int, int]:
-    """(resident, of that anonymous) bytes of this process; where the system tells no more, both are the resident."""
-    try:
-        with _STATUS.open(encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["VmRSS"].split()[0]) << 10, int(fields["RssAnon"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        import psutil
-
-        resident = int(psutil.Process().memory_info().rss)
-        return resident, resident
+__all__ = ["main", "perform"]
 
 
 def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,43 +18,9 @@ from coldpress.artifacts.base import Artifact
 from coldpress.evaluate.abilities import Needs
 from coldpress.evaluate.encoders import config_of, is_encoder
 from coldpress.evaluate.runners import open_runner, runner_names
+from coldpress.memory import PeakMeter
 
 __all__ = ["main", "probe"]
-
-
-class _Peak:
-    """Highest resident and anonymous memory of this process in bytes, sampled every 5 ms."""
-
-    def __init__(self) -> None:
-        self.rss = self.anonymous = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> _Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            rss, anonymous = _memory()
-            self.rss, self.anonymous = max(self.rss, rss), max(self.anonymous, anonymous)
-            if self._done.wait(0.005):
-                return
-
-
-def _memory() -> tuple[int, int]:
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmRSS"].split()[0]) << 10, int(fields["RssAnon"].split()[0]) << 10
-    except (OSError, KeyError):
-        import psutil
-
-        resident = int(psutil.Process().memory_info().rss)
-        return resident, resident
 
 
 def _vram() -> int:
@@ -89,7 +54,7 @@ def probe(task: dict[str, Any]) -> dict[str, Any]:
     needs: Needs = () if encodes else ("generation",)
     choice = task["runner"] or runner_names(model)[0]
     _import_libraries(model, choice)
-    with _Peak() as peak:
+    with PeakMeter(0.005) as peak:
         started = time.perf_counter()
         opened = open_runner(
             model,
@@ -117,7 +82,7 @@ def probe(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "load": loaded - started,
         "first_answer": answered - started,
-        "peak_rss": peak.rss,
+        "peak_rss": peak.total,
         "peak_anonymous": peak.anonymous,
         "peak_vram": vram,
         "runner": name,
