@@ -19,6 +19,7 @@ from coldpress.data.packing import TokenSequence
 from coldpress.nn.batches import Form, MicroBatch, cut_step
 from coldpress.nn.cross_entropy import Head, head_loss
 from coldpress.nn.fused import Fused, fused_layers
+from coldpress.nn.fused_block import fused_blocks
 from coldpress.nn.packed_attention import packed_attention
 
 __all__ = ["Loss", "loss_of"]
@@ -83,7 +84,10 @@ def loss_of(
     expected = _own_losses(model, sample, autocast)
     with ExitStack() as stack:
         fused = stack.enter_context(fused_layers(model))
-        packed = _try_packed(model, causal, sample, expected, autocast, stack) if expected is not None else None
+        packed = None
+        for blocks in (True, False):
+            if packed is None and expected is not None:
+                packed = _try_packed(model, causal, sample, expected, autocast, stack, fused if blocks else None)
         apart = _rope_switch(causal.config)
         yield Loss("padded", fused, apart) if packed is None else Loss("packed", fused, apart, packed)
 
@@ -117,8 +121,12 @@ def _try_packed(
     expected: Sequence[float],
     autocast: torch.dtype | None,
     stack: ExitStack,
+    fused: Fused | None,
 ) -> Callable[[MicroBatch], None] | None:
-    """Put the packed form in place; None, and all as before, where the model does not agree with itself in it."""
+    """Put the packed form in place; None, and all as before, where the model does not agree with itself in it.
+
+    `fused`: whole layers are fused where they can be, and counted here.
+    """
     head = _head_of(causal)
     decoder = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
     if head is None or decoder is None or decoder is causal or getattr(causal.config, "output_router_logits", False):
@@ -133,17 +141,23 @@ def _try_packed(
         trial.enter_context(_replaced_forward(causal, decoder, head))
 
         def prepare(micro: MicroBatch) -> None:
-            function.segments = micro.segments
+            function.segments, function.rows = micro.segments, micro.inputs["loss_rows"]
+
+        def run() -> float:
+            with _evaluating(model), _autocast(device, autocast):
+                return float(model(**batch.inputs))
 
         batch = cut_step(list(enumerate(sample)), form="packed", tokens=1 << 20).micro[0].to(device)
         prepare(batch)
         try:
-            with _evaluating(model), _autocast(device, autocast):
-                found = float(model(**batch.inputs))
+            layers = 0 if fused is None else trial.enter_context(fused_blocks(decoder, function, run))
+            found = run()
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError):
             return None
         if not abs(found - sum(expected)) <= AGREES.get(dtype, 2e-2) * abs(sum(expected)):
             return None
+        if fused is not None and layers:
+            fused.counts["decoder layer"] = layers
         stack.enter_context(trial.pop_all())
         return prepare
 
@@ -158,7 +172,10 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
         **_: Any,
     ) -> torch.Tensor:
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return head.module(_Rows.apply(out.last_hidden_state[0], loss_rows), loss_targets)
+        hidden = out.last_hidden_state[0]
+        if len(hidden) != len(loss_rows):  # else the last layer has left out the others
+            hidden = _Rows.apply(hidden, loss_rows)
+        return head.module(hidden, loss_targets)
 
     # The head makes the loss in its own forward pass: FSDP gathers a module's weights for as long as that lasts.
     module, before = head.module, head.module.__dict__.get("forward")
