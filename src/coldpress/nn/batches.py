@@ -23,10 +23,9 @@ from coldpress.nn.packed_attention import Segments, segments_of
 
 __all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
 
-ROUNDING = 32
-"""A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
-kernel for each new shape, which short steps pay for at every new length."""
-LONG = 512
+ROUNDING, LONG = 16, 256
+"""A packed row is filled up to a multiple of this many tokens, of four times as many from `LONG` on. oneDNN compiles a
+kernel for each new shape: about 10 ms a length, for all products of a small model, which must not come too often."""
 
 Form = Literal["packed", "padded", "classes"]
 
@@ -138,7 +137,7 @@ def _runs(
 
 def _packed(records: Sequence[_Record], pad_id: int) -> MicroBatch:
     tokens = sum(len(one.ids) for one in records)
-    filling = -tokens % (ROUNDING if tokens < LONG else 2 * ROUNDING)
+    filling = -tokens % (ROUNDING if tokens < LONG else 4 * ROUNDING)
     if filling:
         records = sorted([*records, _Record([pad_id] * filling, [IGNORED] * filling, None)], key=_by_length)
     ids = [token for one in records for token in one.ids]

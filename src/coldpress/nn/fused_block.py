@@ -149,10 +149,9 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
         for_normed = tape.backward(block.gate_up, gated_backward(for_product, both), normed_middle)
         carried = norm_backward(for_normed, middle, second.weight, inverse_middle).add_(gradient)
         for_seen = tape.backward((block.out,), carried, seen)
+        assert for_seen is not None
         if rows is not None:
-            for_seen, carried = (
-                one.new_zeros((len(entered), one.shape[1])).index_copy_(0, rows, one) for one in (for_seen, carried)
-            )
+            for_seen, carried = (_spread(one, rows, len(entered)) for one in (for_seen, carried))
         for_states = attend_backward(for_seen, attended, places, block.heads)
         wanted = ctx.needs_input_grad[0]
         for_entered = tape.backward(block.qkv, for_states, normed, wanted=wanted)
@@ -163,6 +162,11 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
             for one, dtype in zip(reversed(tape.gradients), ctx.dtypes, strict=True)
         ]
         return carried.unsqueeze(0) if wanted else None, None, None, None, *gradients
+
+
+def _spread(some: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """A matrix of `count` rows that holds these at `rows`, and 0 elsewhere."""
+    return some.new_zeros((count, some.shape[1])).index_copy_(0, rows, some)
 
 
 # -- in the place of what ----------------------------------------------------------------------------------------------
@@ -233,8 +237,11 @@ def fused_blocks(decoder: Any, function: PackedAttention, run: Callable[[], Any]
             shared.trimmed = False
             calls = _calls(layers, run)
             for layer, block in zip(layers, blocks, strict=True):
-                forward = None if block is None or layer not in calls else _forward(layer, block, shared)
-                if forward is not None and _agrees(layer, forward, *calls[layer]):
+                args, given = calls.get(layer, ((), {}))
+                if block is None or len(args) != 1 or not shared.fits(block, args[0], given):
+                    continue
+                forward = _forward(layer, block, shared)
+                if _agrees(layer, forward, args[0], given):
                     layer.forward = forward
                     replaced.append(layer)
             shared.trimmed = True
@@ -267,7 +274,7 @@ def _block_of(layer: Any, *, last: bool) -> Block | None:
     heads = Heads(wide // size, (count - wide) // size // 2, size, float(scale))
     alike = {one.dtype for one in products} | {one.weight.dtype for one in (first, second)}
     whole = heads.keys > 0 and heads.queries % heads.keys == 0 and heads.all * size == count and size % 2 == 0
-    if len(alike) != 1 or not whole or getattr(attention, "attention_dropout", 0.0):
+    if len(alike) != 1 or not whole or getattr(attention, "attention_dropout", None):
         return None
     out, down = products[len(into)], products[-1]
     gate_up = tuple(products[len(into) + 1 : -1])
@@ -301,26 +308,24 @@ def _calls(layers: Sequence[Any], run: Callable[[], Any]) -> dict[Any, tuple[tup
     return calls
 
 
-def _agrees(layer: Any, forward: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _agrees(layer: Any, forward: Callable[..., torch.Tensor], entered: torch.Tensor, given: Mapping[str, Any]) -> bool:
     """Whether both give the same and the same gradients, the residual connection left aside."""
-    if len(args) != 1 or not isinstance(args[0], torch.Tensor):
-        return False
     trained = [one for one in layer.parameters() if one.requires_grad]
     draw = torch.Generator().manual_seed(0)
-    upstream = torch.randn(args[0].shape, generator=draw).to(args[0].dtype)
+    upstream = torch.randn(entered.shape, generator=draw).to(entered.dtype)
     results = []
     was_training = layer.training
     layer.train(False)  # dropout draws anew each time
     try:
         for function in (layer.forward, forward):
-            x = args[0].detach().clone().requires_grad_()
+            x = entered.detach().clone().requires_grad_()
             with torch.enable_grad():
-                out = function(x, **kwargs)
+                out = function(x, **given)
             first, *others = torch.autograd.grad(out, [x, *trained], upstream)
             results.append([out.detach() - x.detach(), first - upstream, *others])
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         return False
     finally:
         layer.train(was_training)
-    exact = args[0].dtype == torch.float32
+    exact = entered.dtype == torch.float32
     return all(agree(one, other, EXACT if exact else ROUNDED) for one, other in zip(*results, strict=True))

@@ -30,9 +30,9 @@ def random_mask(like: torch.Tensor, dropped: float) -> torch.Tensor:
     count = like.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     limit = round(dropped * 65536) - 32768
-    kept = torch.empty(count, dtype=torch.int8, device=like.device)
-    torch.ge(bits.view(torch.int16)[:count], limit, out=kept)
-    return kept.neg_().view(like.shape)
+    own = bits.view(torch.int16)[:count]
+    # Into its own type first: a comparison that yields another one is not vectorized.
+    return torch.ge(own, limit, out=own).to(torch.int8).neg_().view(like.shape)
 
 
 def dropped_out(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:

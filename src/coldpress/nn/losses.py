@@ -8,7 +8,7 @@ carried along, a position bias of its own) does not agree, and is trained on pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from coldpress.data.packing import TokenSequence
-from coldpress.nn.batches import Form, MicroBatch, cut_step
+from coldpress.nn.batches import ROUNDING, Form, MicroBatch, cut_step
 from coldpress.nn.cross_entropy import Head, head_loss
 from coldpress.nn.fused import Fused, fused_layers
 from coldpress.nn.fused_block import fused_blocks
@@ -141,7 +141,7 @@ def _try_packed(
         trial.enter_context(_replaced_forward(causal, decoder, head))
 
         def prepare(micro: MicroBatch) -> None:
-            function.segments, function.rows = micro.segments, micro.inputs["loss_rows"]
+            function.segments, function.rows = micro.segments, _rounded(micro.inputs)
 
         def run() -> float:
             with _evaluating(model), _autocast(device, autocast):
@@ -173,8 +173,8 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
     ) -> torch.Tensor:
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = out.last_hidden_state[0]
-        if len(hidden) != len(loss_rows):  # else the last layer has left out the others
-            hidden = _Rows.apply(hidden, loss_rows)
+        whole = len(hidden) == input_ids.shape[1]  # else the last layer has left out others: see `_rounded`
+        hidden = _Rows.apply(hidden, loss_rows) if whole else hidden[: len(loss_rows)]
         return head.module(hidden, loss_targets)
 
     # The head makes the loss in its own forward pass: FSDP gathers a module's weights for as long as that lasts.
@@ -192,6 +192,16 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
         del causal.forward, module.forward
         if before is not None:
             module.forward = before
+
+
+def _rounded(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The rows with loss and some others behind them, `ROUNDING` at a time; None where that is nearly all of them."""
+    tokens, rows = inputs["input_ids"].shape[1], inputs["loss_rows"]
+    missing = -len(rows) % ROUNDING
+    if 2 * (len(rows) + missing) > tokens:
+        return None
+    others = torch.ones(tokens, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+    return torch.cat((rows, others.nonzero()[:missing, 0]))
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]

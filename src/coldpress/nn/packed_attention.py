@@ -195,7 +195,7 @@ class PackedAttention:
         """The kernel must be given a causal mask: it makes none itself."""
         self.segments: Segments | None = None
         self.rows: torch.Tensor | None = None
-        """Tokens of the row that carry loss, in order."""
+        """Of the row, what is wanted of its last layer; None is all."""
 
     def __call__(
         self,
