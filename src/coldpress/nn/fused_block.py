@@ -31,7 +31,7 @@ __all__ = ["fused_blocks"]
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """The parts of a decoder layer."""
 
     qkv: tuple[Product, ...]
@@ -112,7 +112,7 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        block: Block,
+        block: _Block,
         places: Sequence[Places],
         rows: torch.Tensor | None,
         *factors: torch.Tensor | None,
@@ -193,7 +193,7 @@ class _Shared:
             self._made_for, self._places = (segments, cos, heads), places_of(segments, heads, cos, sin)
         return self._places
 
-    def fits(self, block: Block, x: torch.Tensor, given: Mapping[str, Any]) -> bool:
+    def fits(self, block: _Block, x: torch.Tensor, given: Mapping[str, Any]) -> bool:
         """Whether the layer is called in the way that is replaced."""
         segments, angles = self.function.segments, given.get("position_embeddings")
         if segments is None or angles is None or x.dtype != block.dtype or angles[0].dtype != x.dtype:
@@ -210,7 +210,7 @@ class _Shared:
         return whole and not (kept or cast or others) and all(one.usable for one in block.products)
 
 
-def _forward(layer: Any, block: Block, shared: _Shared) -> Callable[..., torch.Tensor]:
+def _forward(layer: Any, block: _Block, shared: _Shared) -> Callable[..., torch.Tensor]:
     own = layer.forward
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +251,7 @@ def fused_blocks(decoder: Any, function: PackedAttention, run: Callable[[], Any]
             del layer.forward
 
 
-def _block_of(layer: Any, *, last: bool) -> Block | None:
+def _block_of(layer: Any, *, last: bool) -> _Block | None:
     """The parts of a layer that is built as this module computes it, as far as its modules say."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if attention is None or mlp is None or _unknown(layer, "self_attn", "mlp", *_NORMS):
@@ -280,7 +280,7 @@ def _block_of(layer: Any, *, last: bool) -> Block | None:
     gate_up = tuple(products[len(into) + 1 : -1])
     config = getattr(attention, "config", None)
     window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
-    return Block(tuple(products[: len(into)]), out, gate_up, down, (first, second), heads, window, last)
+    return _Block(tuple(products[: len(into)]), out, gate_up, down, (first, second), heads, window, last)
 
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
