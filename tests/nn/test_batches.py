@@ -50,7 +50,8 @@ def test_packed(lengths: list[int], tokens: int, records: int | None, apart: int
         assert micro.segments is not None
         assert sum(micro.segments.lengths) == len(ids)
         assert len(ids) % ROUNDING == 0
-        real = [length for length, first in starts(micro.segments.lengths, ids.tolist()) if first]
+        whole = {one.ids[0]: len(one.ids) for _, one in given_rows}
+        real = [whole[first] for _, first in starts(micro.segments.lengths, ids.tolist()) if first]
         assert micro.tokens == sum(real) <= max(tokens, max(real))
         assert records is None or len(real) <= records
         assert apart is None or (max(real) <= apart) == (min(real) <= apart)
