@@ -95,6 +95,21 @@ def test_a_pack_is_its_records() -> None:
     assert sorted(micro.inputs["loss_targets"].tolist()) == [12, 13, 22, 32, 33, 34]
 
 
+def test_what_no_loss_is_asked_of_is_left_out() -> None:
+    """Of a record, what stands behind the last label; padding stands behind the shortest record, and makes none."""
+    long = TokenSequence(list(range(1, 31)), [IGNORED] * 20 + list(range(21, 26)) + [IGNORED] * 5)
+    short = TokenSequence(list(range(41, 47)), [IGNORED] * 4 + [45, 46])
+    (micro,) = cut_step([(0, long), (1, short)], form="packed", tokens=100).micro
+    assert micro.segments is not None
+    assert micro.segments.lengths == (24, 8), "tokens 1 to 24; 41 to 45 and three of padding"
+    assert micro.inputs["input_ids"][0].tolist() == [*range(1, 25), *range(41, 46), 0, 0, 0]
+    assert micro.inputs["loss_targets"].tolist() == [21, 22, 23, 24, 25, 45, 46]
+    assert micro.tokens == 36, "those of the data"
+    (kept,) = cut_step([(0, long)], form="packed", tokens=100, apart=29).micro
+    assert kept.segments is not None
+    assert sum(kept.segments.lengths) == 32, "a record beyond `apart` stays whole"
+
+
 def test_a_step_without_loss_still_runs() -> None:
     silent = [(0, TokenSequence([1, 2, 3], [IGNORED] * 3)), (1, TokenSequence([4, 5], [IGNORED] * 2))]
     (micro,) = cut_step(silent, form="packed", tokens=100).micro
