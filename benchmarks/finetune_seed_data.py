@@ -1,6 +1,7 @@
 """LoRA with the seed's recipe on the seed's data: Coldpress against Olive 0.13, in real tokens/s and held-out accuracy.
 
     python benchmarks/finetune_seed_data.py [--shared ../shared] [--rounds 3] [--epochs 6] [--steps N]
+                                            [--sides "Olive joined" ...]
 
 `phi3-7m`, all distinct phrases but 250 (the split of accuracy_seed_data.py); batch 1, accumulation 4, rank and alpha 64
 on all linear layers, learning rate 1e-3. Round n uses the seed n for the split, the adapter and the order. Tokens are
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps of every side; 0 is all epochs")
     parser.add_argument("--padded-steps", type=int, default=40)
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), help="of Olive; all if not given")
     parser.add_argument("--peer-python")
     options = parser.parse_args()
     python = options.peer_python or peer_python("olive", OLIVE)
@@ -241,7 +243,7 @@ def main() -> None:
         return run
 
     sides = {"Coldpress": by_seed("Coldpress", train_ours)}
-    for name in SIDES:
+    for name in options.sides or SIDES:
         train = functools.partial(train_olive, name=name, python=python, padded_steps=options.padded_steps)
         sides[name] = by_seed(name, train)
     runs = in_turn(sides, options.rounds)

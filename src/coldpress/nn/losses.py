@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from coldpress.data.packing import TokenSequence
+from coldpress.data.packing import IGNORED, TokenSequence
 from coldpress.nn.batches import ROUNDING, Form, MicroBatch, cut_step
 from coldpress.nn.cross_entropy import Head, head_loss
 from coldpress.nn.fused import Fused, fused_layers
@@ -103,6 +103,11 @@ def _short(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     return found
 
 
+def _last_only(sequence: TokenSequence) -> TokenSequence:
+    """With a loss on its last token alone."""
+    return TokenSequence(sequence.ids, [IGNORED] * (len(sequence.ids) - 1) + sequence.ids[-1:])
+
+
 def _own_losses(model: Any, sample: Sequence[TokenSequence], autocast: torch.dtype | None) -> list[float] | None:
     """Each record's loss by the model's own forward pass."""
     found = []
@@ -141,20 +146,29 @@ def _try_packed(
         trial.enter_context(_replaced_forward(causal, decoder, head))
 
         def prepare(micro: MicroBatch) -> None:
-            function.segments, function.rows = micro.segments, _rounded(micro.inputs)
+            function.segments = micro.segments
+            function.rows = _rounded(micro.inputs) if device.type == "cpu" else None  # whole layers are the CPU's
 
-        def run() -> float:
+        def run(micro: MicroBatch) -> float:
             with _evaluating(model), _autocast(device, autocast):
-                return float(model(**batch.inputs))
+                return float(model(**micro.inputs))
 
-        batch = cut_step(list(enumerate(sample)), form="packed", tokens=1 << 20).micro[0].to(device)
+        batch, answers = (
+            cut_step(list(enumerate(rows)), form="packed", tokens=1 << 20).micro[0].to(device)
+            for rows in (sample, [_last_only(one) for one in sample])
+        )
         prepare(batch)
         try:
-            layers = 0 if fused is None else trial.enter_context(fused_blocks(decoder, function, run))
-            found = run()
+            layers = 0 if fused is None else trial.enter_context(fused_blocks(decoder, function, lambda: run(batch)))
+            pairs = [(run(batch), sum(expected))]
+            if layers:  # with all rows in the last layer, and with those that carry loss
+                prepare(answers)
+                some = run(answers)
+                function.rows = None
+                pairs.append((some, run(answers)))
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError):
             return None
-        if not abs(found - sum(expected)) <= AGREES.get(dtype, 2e-2) * abs(sum(expected)):
+        if not all(abs(one - other) <= AGREES.get(dtype, 2e-2) * abs(other) for one, other in pairs):
             return None
         if fused is not None and layers:
             fused.counts["decoder layer"] = layers
