@@ -50,7 +50,8 @@ def test_packed(lengths: list[int], tokens: int, records: int | None, apart: int
         assert micro.segments is not None
         assert sum(micro.segments.lengths) == len(ids)
         assert len(ids) % ROUNDING == 0
-        real = [length for length, first in starts(micro.segments.lengths, ids.tolist()) if first]
+        whole = {one.ids[0]: len(one.ids) for _, one in given_rows}
+        real = [whole[first] for _, first in starts(micro.segments.lengths, ids.tolist()) if first]
         assert micro.tokens == sum(real) <= max(tokens, max(real))
         assert records is None or len(real) <= records
         assert apart is None or (max(real) <= apart) == (min(real) <= apart)
@@ -92,6 +93,21 @@ def test_a_pack_is_its_records() -> None:
     real = [first for _, first in starts(micro.segments.lengths, micro.inputs["input_ids"][0].tolist()) if first]  # type: ignore[union-attr]
     assert real == [31, 11, 21], "longest first"
     assert sorted(micro.inputs["loss_targets"].tolist()) == [12, 13, 22, 32, 33, 34]
+
+
+def test_what_no_loss_is_asked_of_is_left_out() -> None:
+    """Of a record, what stands behind the last label; padding stands behind the shortest record, and makes none."""
+    long = TokenSequence(list(range(1, 31)), [IGNORED] * 20 + list(range(21, 26)) + [IGNORED] * 5)
+    short = TokenSequence(list(range(41, 47)), [IGNORED] * 4 + [45, 46])
+    (micro,) = cut_step([(0, long), (1, short)], form="packed", tokens=100).micro
+    assert micro.segments is not None
+    assert micro.segments.lengths == (24, 8), "tokens 1 to 24; 41 to 45 and three of padding"
+    assert micro.inputs["input_ids"][0].tolist() == [*range(1, 25), *range(41, 46), 0, 0, 0]
+    assert micro.inputs["loss_targets"].tolist() == [21, 22, 23, 24, 25, 45, 46]
+    assert micro.tokens == 36, "those of the data"
+    (kept,) = cut_step([(0, long)], form="packed", tokens=100, apart=29).micro
+    assert kept.segments is not None
+    assert sum(kept.segments.lengths) == 32, "a record beyond `apart` stays whole"
 
 
 def test_a_step_without_loss_still_runs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import peft  # noqa: E402 - after the imports that hide what it would pull in
 import torch  # noqa: E402
 
 from coldpress.nn.batches import cut_step  # noqa: E402
+from coldpress.nn.layer_math import dropped_out, random_mask  # noqa: E402
 from coldpress.nn.losses import loss_of  # noqa: E402
 from oracles.decoders import TINY, tiny_model  # noqa: E402
 
@@ -104,6 +106,73 @@ def test_most_families_are_packed_and_fused() -> None:
             assert loss.fused.counts["norm"] > 2 * layers, name
             assert loss.fused.counts["gated"] == layers, name
             assert loss.own_types(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-mha-tied", "llama-biases", "llama-head-8", "phi3-gqa", "phi3-mha"]
+)
+def test_layers_are_fused_whole(name: str) -> None:
+    """The answer's loss alone: the last layer computes some rows, and all gradients stay what they were."""
+    model = adapted(name)
+    rows = [last_only(row) for row in records(TINY[name]["vocab_size"])]
+    expected, expected_gradients = alone(model, rows)
+    seen = []
+    with loss_of(model, rows, autocast=None) as loss:
+        assert loss.fused.counts["decoder layer"] == TINY[name]["num_hidden_layers"]
+        hook = model.get_base_model().model.norm.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].shape[1])
+        )
+        (micro,) = cut_step(list(enumerate(rows)), form=loss.form, tokens=4096).micro
+        one = loss(model, micro)
+        one.backward()
+        hook.remove()
+    assert seen == [16], "of 208 tokens: ten with loss, and six that fill up"
+    assert float(one.detach()) == pytest.approx(expected, rel=1e-5)
+    found = gradients(model)
+    for key, gradient in expected_gradients.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+def test_layers_built_otherwise_keep_their_own_code() -> None:
+    for name in ("qwen3", "olmo2", "phi3-partial-16-of-32", "granite"):
+        model = adapted(name)
+        with loss_of(model, records(80), autocast=None) as loss:
+            assert loss.form == "packed", name
+            assert not loss.fused.counts["decoder layer"], name
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3-gqa"])
+def test_a_whole_layer_drops_what_its_parts_drop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout draws the same masks in the same order: one random state, one loss, whether layers are whole or not."""
+    model = adapted(name).train()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.3)
+    rows = [TokenSequence(row.ids, list(row.ids)) for row in records(TINY[name]["vocab_size"])]
+    found = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr("coldpress.nn.losses.fused_blocks", lambda *_: nullcontext(0))
+        with loss_of(model, rows, autocast=None) as loss:
+            assert bool(loss.fused.counts["decoder layer"]) == whole
+            torch.manual_seed(3)
+            one = loss(model, cut_step(list(enumerate(rows)), form=loss.form, tokens=4096).micro[0])
+            one.backward()
+            found.append((float(one.detach()), gradients(model)))
+    (loss_whole, whole_gradients), (loss_parts, parts_gradients) = found
+    assert loss_whole == pytest.approx(loss_parts, rel=1e-5)
+    for key, gradient in parts_gradients.items():
+        assert (whole_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+def test_random_masks() -> None:
+    """As many are dropped as the rate says, and what stays is itself."""
+    x = torch.ones(1000, 1001, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    dropped = dropped_out(x, random_mask(x, 0.1))
+    assert set(dropped.unique().tolist()) == {0.0, 1.0}
+    # Six standard errors of a million draws.
+    assert float(dropped.float().mean()) == pytest.approx(0.9, abs=0.0018)
 
 
 def test_a_record_sees_no_other() -> None:

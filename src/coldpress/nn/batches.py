@@ -2,7 +2,8 @@
 
     a step      per_device_train_batch_size * gradient_accumulation_steps rows, as the config says
     packed      its records, longest first, cut into runs of at most `tokens`; each run is one row of the model, with
-                a record of padding that rounds its length: libraries prepare a product once for each shape
+                padding that rounds its length: libraries prepare a product once for each shape. What stands behind
+                the last token that another one's loss is asked of is left out
     padded      for models whose records cannot share a row: runs filled up to their longest record
     classes     as padded, with one class for each record
 
@@ -23,10 +24,9 @@ from coldpress.nn.packed_attention import Segments, segments_of
 
 __all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
 
-ROUNDING = 32
-"""A packed row is filled up to a multiple of this many tokens, of twice as many from `LONG` on. oneDNN compiles a
-kernel for each new shape, which short steps pay for at every new length."""
-LONG = 512
+ROUNDING, LONG = 16, 256
+"""A packed row is filled up to a multiple of this many tokens, of four times as many from `LONG` on. oneDNN compiles a
+kernel for each new shape: about 10 ms a length, for all products of a small model, which must not come too often."""
 
 Form = Literal["packed", "padded", "classes"]
 
@@ -95,7 +95,7 @@ def cut_step(
     micro = []
     for run in _runs([len(one.ids) for one in found], tokens, records, apart, padded=form != "packed"):
         own = found[run.start : run.stop]
-        micro.append(_packed(own, pad_id) if form == "packed" else _padded(own, pad_id, padding_side, form))
+        micro.append(_packed(own, pad_id, apart) if form == "packed" else _padded(own, pad_id, padding_side, form))
     return StepBatch(tuple(index for index, _ in rows), tuple(micro))
 
 
@@ -136,15 +136,15 @@ def _runs(
         yield range(start, len(lengths))
 
 
-def _packed(records: Sequence[_Record], pad_id: int) -> MicroBatch:
+def _packed(records: Sequence[_Record], pad_id: int, apart: int | None) -> MicroBatch:
     tokens = sum(len(one.ids) for one in records)
-    filling = -tokens % (ROUNDING if tokens < LONG else 2 * ROUNDING)
-    if filling:
-        records = sorted([*records, _Record([pad_id] * filling, [IGNORED] * filling, None)], key=_by_length)
+    # What is longer than `apart` must stay so: its length decides how it is computed.
+    cut = [_needed(one, whole=apart is not None and len(one.ids) > apart) for one in records]
+    records = _filled(sorted(cut, key=_by_length), pad_id)
     ids = [token for one in records for token in one.ids]
     rows, targets, start = [], [], 0
     for one in records:
-        for place, label in enumerate(one.labels[1:]):
+        for place, label in enumerate(one.labels):
             if label != IGNORED:
                 rows.append(start + place)
                 targets.append(label)
@@ -157,6 +157,27 @@ def _packed(records: Sequence[_Record], pad_id: int) -> MicroBatch:
         "loss_targets": torch.tensor(targets),
     }
     return MicroBatch(inputs, segments, len(rows), tokens)
+
+
+def _needed(record: _Record, *, whole: bool) -> _Record:
+    """Its tokens up to the last one that a loss is asked of, or the whole of it; each with the label of the next."""
+    labels = [*record.labels[1:], IGNORED]
+    if whole:
+        return _Record(record.ids, labels, record.target)
+    last = max((place for place, label in enumerate(labels) if label != IGNORED), default=len(labels) - 1)
+    return _Record(record.ids[: last + 1], labels[: last + 1], record.target)
+
+
+def _filled(records: list[_Record], pad_id: int) -> list[_Record]:
+    """With padding behind the shortest record, which sees nothing of it, or as a record if that is too much."""
+    tokens = sum(len(one.ids) for one in records)
+    filling = -tokens % (ROUNDING if tokens < LONG else 4 * ROUNDING)
+    padding = _Record([pad_id] * filling, [IGNORED] * filling, None)
+    shortest = records[-1]
+    if len(shortest.ids) + filling <= len(records[0].ids):
+        joined = _Record(shortest.ids + padding.ids, shortest.labels + padding.labels, shortest.target)
+        return sorted([*records[:-1], joined], key=_by_length)
+    return sorted([*records, padding], key=_by_length) if filling else records
 
 
 def _padded(records: Sequence[_Record], pad_id: int, padding_side: str, form: Form) -> MicroBatch:

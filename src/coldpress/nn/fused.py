@@ -8,8 +8,8 @@
 
 Each stand-in is tried against what it replaces, forward and backward, on random input, before it is used: a layer that
 does not agree (Gemma's norm adds one to its weights, say) keeps its own code. So no table of model families is needed.
-Everything is put back when the block ends. Formulas: Hu et al. 2021, section 4.1 (LoRA); Zhang and Sennrich 2019,
-equation 4 (RMS norm); Su et al. 2021, equation 34 (rotary); Shazeer 2020, equation 6 (SwiGLU).
+Everything is put back when the block ends. The formulas stand in `layer_math`; that of the rotary embedding, which is
+used here alone, is equation 34 of Su et al. 2021.
 
     T   tokens      x [T, in]      W [out, in]      A [r, in]      B [out, r]      s   scale of the adapter
 """
@@ -25,7 +25,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["Fused", "fused_layers", "random_mask"]
+from coldpress.nn.layer_math import (
+    gated,
+    gated_backward,
+    low_rank,
+    low_rank_backward,
+    norm,
+    norm_backward,
+    random_mask,
+)
+
+__all__ = [
+    "CASTS_KEPT",
+    "EXACT",
+    "ROUNDED",
+    "Fused",
+    "Norm",
+    "Product",
+    "agree",
+    "fused_layers",
+    "is_silu",
+    "norm_of",
+    "product_of",
+]
 
 Weight = Callable[[], torch.Tensor]
 
@@ -34,14 +56,6 @@ CASTS_KEPT = 1 << 20
 EXACT, ROUNDED = 1e-4, 2e-2
 """Relative differences, of the norm, that count as agreement in float32 and in 16 bits: the two sides round in
 different places, and bfloat16 has 8 bits."""
-
-
-def random_mask(like: torch.Tensor, dropped: float) -> torch.Tensor:
-    """True where a value stays: Bernoulli(1 - dropped), from 16 random bits a value instead of a float each."""
-    count = like.numel()
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    limit = round(dropped * 65536) - 32768
-    return (bits.view(torch.int16)[:count] >= limit).view(like.shape)
 
 
 class _LowRankLinear(torch.autograd.Function):  # type: ignore[misc]
@@ -60,10 +74,7 @@ class _LowRankLinear(torch.autograd.Function):  # type: ignore[misc]
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         own_a, own_b = a.to(x.dtype), b.to(x.dtype)
-        inner = (flat if kept is None else flat * kept) @ own_a.t()
-        own = weight()
-        out = flat @ own.t() if bias is None else torch.addmm(bias, flat, own.t())
-        out.addmm_(inner, own_b.t(), alpha=scale)
+        out, inner = low_rank(flat, weight(), bias, own_a, own_b, scale, kept)
         small = a.numel() + b.numel() <= CASTS_KEPT
         ctx.save_for_backward(flat, inner, *((own_a, own_b) if small else (a, b)), kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.dtypes = weight, scale, x.shape, (a.dtype, b.dtype)
@@ -74,18 +85,10 @@ class _LowRankLinear(torch.autograd.Function):  # type: ignore[misc]
         flat, inner, a, b, kept = ctx.saved_tensors  # a and b perhaps in the type of x already
         gradient = upstream.reshape(-1, upstream.shape[-1])
         own_a, own_b = a.to(flat.dtype), b.to(flat.dtype)
-        for_inner = torch.mm(gradient, own_b).mul_(ctx.scale)
-        for_b = torch.mm(gradient.t(), inner).to(ctx.dtypes[1]).mul_(ctx.scale)
-        for_a = torch.mm(for_inner.t(), flat if kept is None else flat * kept).to(ctx.dtypes[0])
-        for_x = None
-        if ctx.needs_input_grad[0]:
-            for_x = torch.mm(gradient, ctx.weight())
-            if kept is None:
-                for_x.addmm_(for_inner, own_a)
-            else:
-                for_x += torch.mm(for_inner, own_a).mul_(kept)
-            for_x = for_x.view(ctx.shape)
-        return for_x, None, None, for_a, for_b, None, None
+        weight = ctx.weight() if ctx.needs_input_grad[0] else None
+        for_x, for_a, for_b = low_rank_backward(gradient, flat, inner, weight, own_a, own_b, ctx.scale, kept)
+        for_x = None if for_x is None else for_x.view(ctx.shape)
+        return for_x, None, None, for_a.to(ctx.dtypes[0]), for_b.to(ctx.dtypes[1]), None, None
 
 
 class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
@@ -93,23 +96,14 @@ class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, inverse = norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return _scaled(x, inverse).to(x.dtype) * weight
+        return out
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
-        unit = _scaled(x, inverse)
-        gradient = (upstream * weight).float()
-        mean = torch.linalg.vecdot(gradient, unit).div_(-x.shape[-1]).unsqueeze(-1)
-        return gradient.addcmul_(unit, mean).mul_(inverse).to(x.dtype), None, None
-
-
-def _scaled(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """x * inverse in float32."""
-    return x * inverse if x.dtype == torch.float32 else x.float().mul_(inverse)
+        return norm_backward(upstream, x, weight, inverse), None, None
 
 
 class _GatedSilu(torch.autograd.Function):  # type: ignore[misc]
@@ -133,18 +127,12 @@ class _GatedSiluJoined(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
+        return gated(both)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         (both,) = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        gradient = torch.empty_like(both)
-        for_gate, for_up = gradient.chunk(2, dim=-1)
-        torch.mul(torch.nn.functional.silu(gate), upstream, out=for_up)
-        torch.ops.aten.silu_backward.grad_input(upstream * up, gate, grad_input=for_gate)
-        return gradient
+        return gated_backward(upstream, both)
 
 
 class _Rotate(torch.autograd.Function):  # type: ignore[misc]
@@ -222,35 +210,71 @@ def fused_layers(model: Any) -> Iterator[Fused]:
             one()
 
 
-def _linear(module: Any) -> Callable[..., torch.Tensor] | None:
-    """PEFT's LoRA layer on a frozen linear one, with one plain adapter."""
-    base = getattr(module, "base_layer", None)
-    if base is None or not isinstance(base, torch.nn.Linear) or len(getattr(module, "lora_A", ())) != 1:
+@dataclass(frozen=True)
+class Product:
+    """A frozen linear layer with one plain LoRA adapter, or with none."""
+
+    module: Any
+    base: torch.nn.Linear
+    weight: Weight
+    dtype: torch.dtype
+    """Of the product."""
+    a: torch.nn.Linear | None = None
+    b: torch.nn.Linear | None = None
+    scale: float = 1.0
+    dropped: float = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether the adapter is on now, and not added to the weight."""
+        return self.a is None or not (self.module.disable_adapters or self.module.merged)
+
+    def bias(self) -> torch.Tensor | None:
+        return None if self.base.bias is None else self.base.bias.to(self.dtype)
+
+    def mask(self, x: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+        """The dropout's mask for x, if there is one, and the scale that goes with it: 1 - p is divided out there."""
+        if self.a is None or not (self.module.training and self.dropped):
+            return None, self.scale
+        return random_mask(x, self.dropped), self.scale / (1 - self.dropped)
+
+
+def product_of(module: Any) -> Product | None:
+    """PEFT's LoRA layer with one plain adapter on a frozen linear one, or that one alone."""
+    base = getattr(module, "base_layer", module)
+    if not isinstance(base, torch.nn.Linear) or any(one.requires_grad for one in base.parameters()):
+        return None
+    weight, dtype = _weight_of(base)
+    if weight is None:
+        return None
+    if base is module:
+        return Product(module, base, weight, dtype)
+    if len(getattr(module, "lora_A", ())) != 1:
         return None
     (name,) = module.lora_A.keys()
     a, b = module.lora_A[name], module.lora_B[name]
     plain = name in module.active_adapters and not module.lora_variant.get(name) and not module.lora_bias.get(name)
     if not plain or a.bias is not None or b.bias is not None:
         return None
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
-    weight, dtype = _weight_of(base)
-    if weight is None:
-        return None
-    own_forward = type(module).forward
-    scale, dropout = float(module.scaling[name]), module.lora_dropout[name]
+    dropout = module.lora_dropout[name]
     dropped = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
+    return Product(module, base, weight, dtype, a, b, float(module.scaling[name]), dropped)
+
+
+def _linear(module: Any) -> Callable[..., torch.Tensor] | None:
+    product = product_of(module) if hasattr(module, "base_layer") else None
+    if product is None:
+        return None
+    assert product.a is not None
+    assert product.b is not None
+    own_forward, a, b = type(module).forward, product.a, product.b
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or module.disable_adapters or module.merged:
+        if args or kwargs or not product.usable:
             return own_forward(module, x, *args, **kwargs)
-        x = x.to(dtype)
-        own_bias = None if base.bias is None else base.bias.to(dtype)
-        if not (module.training and dropped):
-            return _LowRankLinear.apply(x, weight, own_bias, a.weight, b.weight, scale, None)
-        kept = random_mask(x.reshape(-1, x.shape[-1]), dropped)
-        # The mask stays a byte a value; what divides by 1 - p goes into the scale.
-        return _LowRankLinear.apply(x, weight, own_bias, a.weight, b.weight, scale / (1 - dropped), kept)
+        x = x.to(product.dtype)
+        kept, scale = product.mask(x.reshape(-1, x.shape[-1]))
+        return _LowRankLinear.apply(x, product.weight, product.bias(), a.weight, b.weight, scale, kept)
 
     return forward
 
@@ -268,18 +292,41 @@ def _weight_of(base: Any) -> tuple[Weight | None, torch.dtype]:
     return lambda: base.weight, base.weight.dtype
 
 
-def _norm(module: Any) -> Callable[..., torch.Tensor] | None:
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMS norm."""
+
+    module: Any
+    eps: float
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Read when it is used: FSDP puts other tensors in its place."""
+        found: torch.Tensor = self.module.weight
+        return found
+
+
+def norm_of(module: Any) -> Norm | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     named = type(module).__name__.endswith("RMSNorm")
     if not named or not isinstance(weight, torch.nn.Parameter) or weight.requires_grad or not isinstance(eps, float):
         return None
-    # Read when it is used: FSDP puts other tensors in its place.
-    return lambda x: _RmsNorm.apply(x, module.weight, eps)
+    return Norm(module, eps)
+
+
+def _norm(module: Any) -> Callable[..., torch.Tensor] | None:
+    found = norm_of(module)
+    return None if found is None else lambda x: _RmsNorm.apply(x, found.weight, found.eps)
+
+
+def is_silu(module: Any) -> bool:
+    """Whether the activation of an MLP is SiLU."""
+    activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _gated(module: Any) -> Callable[..., torch.Tensor] | None:
-    activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-    if type(activation).__name__ not in ("SiLU", "SiLUActivation"):
+    if not is_silu(module):
         return None
     if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
         return lambda x: module.down_proj(_GatedSilu.apply(module.gate_proj(x), module.up_proj(x)))
@@ -324,10 +371,11 @@ def _agrees(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
     finally:
         module.train(was_training)
     allowed = EXACT if dtype == torch.float32 else ROUNDED
-    return all(_close(one, other, allowed) for one, other in zip(*results, strict=True))
+    return all(agree(one, other, allowed) for one, other in zip(*results, strict=True))
 
 
-def _close(one: torch.Tensor | None, other: torch.Tensor | None, allowed: float) -> bool:
+def agree(one: torch.Tensor | None, other: torch.Tensor | None, allowed: float) -> bool:
+    """Whether the difference of two results is small to the norm of the first."""
     if one is None or other is None:
         return one is other
     if one.shape != other.shape:

@@ -8,17 +8,18 @@ carried along, a position bias of its own) does not agree, and is trained on pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from coldpress.data.packing import TokenSequence
-from coldpress.nn.batches import Form, MicroBatch, cut_step
+from coldpress.data.packing import IGNORED, TokenSequence
+from coldpress.nn.batches import ROUNDING, Form, MicroBatch, cut_step
 from coldpress.nn.cross_entropy import Head, head_loss
 from coldpress.nn.fused import Fused, fused_layers
+from coldpress.nn.fused_block import fused_blocks
 from coldpress.nn.packed_attention import packed_attention
 
 __all__ = ["Loss", "loss_of"]
@@ -83,7 +84,10 @@ def loss_of(
     expected = _own_losses(model, sample, autocast)
     with ExitStack() as stack:
         fused = stack.enter_context(fused_layers(model))
-        packed = _try_packed(model, causal, sample, expected, autocast, stack) if expected is not None else None
+        packed = None
+        for blocks in (True, False):
+            if packed is None and expected is not None:
+                packed = _try_packed(model, causal, sample, expected, autocast, stack, fused if blocks else None)
         apart = _rope_switch(causal.config)
         yield Loss("padded", fused, apart) if packed is None else Loss("packed", fused, apart, packed)
 
@@ -97,6 +101,11 @@ def _short(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
         if len(ids) > 1:
             found.append(TokenSequence(ids, list(ids)))
     return found
+
+
+def _last_only(sequence: TokenSequence) -> TokenSequence:
+    """With a loss on its last token alone."""
+    return TokenSequence(sequence.ids, [IGNORED] * (len(sequence.ids) - 1) + sequence.ids[-1:])
 
 
 def _own_losses(model: Any, sample: Sequence[TokenSequence], autocast: torch.dtype | None) -> list[float] | None:
@@ -117,8 +126,12 @@ def _try_packed(
     expected: Sequence[float],
     autocast: torch.dtype | None,
     stack: ExitStack,
+    fused: Fused | None,
 ) -> Callable[[MicroBatch], None] | None:
-    """Put the packed form in place; None, and all as before, where the model does not agree with itself in it."""
+    """Put the packed form in place; None, and all as before, where the model does not agree with itself in it.
+
+    `fused`: whole layers are fused where they can be, and counted here.
+    """
     head = _head_of(causal)
     decoder = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
     if head is None or decoder is None or decoder is causal or getattr(causal.config, "output_router_logits", False):
@@ -134,16 +147,31 @@ def _try_packed(
 
         def prepare(micro: MicroBatch) -> None:
             function.segments = micro.segments
+            function.rows = _rounded(micro.inputs) if device.type == "cpu" else None  # whole layers are the CPU's
 
-        batch = cut_step(list(enumerate(sample)), form="packed", tokens=1 << 20).micro[0].to(device)
+        def run(micro: MicroBatch) -> float:
+            with _evaluating(model), _autocast(device, autocast):
+                return float(model(**micro.inputs))
+
+        batch, answers = (
+            cut_step(list(enumerate(rows)), form="packed", tokens=1 << 20).micro[0].to(device)
+            for rows in (sample, [_last_only(one) for one in sample])
+        )
         prepare(batch)
         try:
-            with _evaluating(model), _autocast(device, autocast):
-                found = float(model(**batch.inputs))
+            layers = 0 if fused is None else trial.enter_context(fused_blocks(decoder, function, lambda: run(batch)))
+            pairs = [(run(batch), sum(expected))]
+            if layers:  # with all rows in the last layer, and with those that carry loss
+                prepare(answers)
+                some = run(answers)
+                function.rows = None
+                pairs.append((some, run(answers)))
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError):
             return None
-        if not abs(found - sum(expected)) <= AGREES.get(dtype, 2e-2) * abs(sum(expected)):
+        if not all(abs(one - other) <= AGREES.get(dtype, 2e-2) * abs(other) for one, other in pairs):
             return None
+        if fused is not None and layers:
+            fused.counts["decoder layer"] = layers
         stack.enter_context(trial.pop_all())
         return prepare
 
@@ -158,7 +186,10 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
         **_: Any,
     ) -> torch.Tensor:
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return head.module(_Rows.apply(out.last_hidden_state[0], loss_rows), loss_targets)
+        hidden = out.last_hidden_state[0]
+        whole = len(hidden) == input_ids.shape[1]  # else the last layer has left out others: see `_rounded`
+        hidden = _Rows.apply(hidden, loss_rows) if whole else hidden[: len(loss_rows)]
+        return head.module(hidden, loss_targets)
 
     # The head makes the loss in its own forward pass: FSDP gathers a module's weights for as long as that lasts.
     module, before = head.module, head.module.__dict__.get("forward")
@@ -175,6 +206,16 @@ def _replaced_forward(causal: Any, decoder: Any, head: Head) -> Iterator[None]:
         del causal.forward, module.forward
         if before is not None:
             module.forward = before
+
+
+def _rounded(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The rows with loss and some others behind them, `ROUNDING` at a time; None where that is nearly all of them."""
+    tokens, rows = inputs["input_ids"].shape[1], inputs["loss_rows"]
+    missing = -len(rows) % ROUNDING
+    if 2 * (len(rows) + missing) > tokens:
+        return None
+    others = torch.ones(tokens, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+    return torch.cat((rows, others.nonzero()[:missing, 0]))
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]

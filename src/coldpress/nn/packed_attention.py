@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAME", "Bucket", "Segments", "packed_attention", "segments_of"]
+__all__ = ["NAME", "SHORT", "Bucket", "PackedAttention", "Segments", "packed_attention", "segments_of"]
 
 NAME = "coldpress_packed"
 """How Transformers' attention interface knows this function."""
@@ -186,7 +186,7 @@ class _ShortCausal(torch.autograd.Function):  # type: ignore[misc]
 Kernel = Callable[..., tuple[torch.Tensor, Any]]
 
 
-class _Function:
+class PackedAttention:
     """What Transformers' attention modules call. `segments` are those of the row that is being computed."""
 
     def __init__(self, kernel: Kernel, *, masked: bool) -> None:
@@ -194,6 +194,8 @@ class _Function:
         self.masked = masked
         """The kernel must be given a causal mask: it makes none itself."""
         self.segments: Segments | None = None
+        self.rows: torch.Tensor | None = None
+        """Of the row, what is wanted of its last layer; None is all."""
 
     def __call__(
         self,
@@ -295,7 +297,7 @@ def _varlen(
 
 
 @contextmanager
-def packed_attention(model: Any) -> Iterator[_Function]:
+def packed_attention(model: Any) -> Iterator[PackedAttention]:
     """While the block runs, `model` (Transformers') attends within the records of `segments` of what this yields."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -305,7 +307,7 @@ def packed_attention(model: Any) -> Iterator[_Function]:
     used = model.config._attn_implementation
     eager = used == "eager"
     kernel = _eager_of(model) if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
-    function = _Function(kernel, masked=eager)
+    function = PackedAttention(kernel, masked=eager)
     AttentionInterface.register(NAME, function)
     for config in configs.values():
         config._attn_implementation_internal = NAME

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -145,6 +145,7 @@ def train(
     imports.load_training(quantized=imports.needs_bitsandbytes(str(arguments.get("optim") or "")))
     from coldpress.nn import ranks
     from coldpress.nn.losses import loss_of
+    from coldpress.nn.threads import threads_for
 
     folder = work / "checkpoints"
     stopping = stopping or Stopping()
@@ -177,6 +178,7 @@ def train(
         imports.quiet_renames(),
         loss_of(model, sequences, autocast=autocast, plain=bool(checked.torch_compile)) as loss,
         told as reporters,
+        ExitStack() as stack,
     ):
         if loss.form == "padded" and not checked.torch_compile:
             emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
@@ -184,6 +186,7 @@ def train(
             # Nothing is left for autocast to cast, and each of its casts costs time.
             checked.bf16, checked.mixed_precision = False, "no"
         how = _tried(model, sequences, loss, batching or Batching(), autocast if checked.bf16 else None, step, emit)
+        stack.enter_context(threads_for(model, sequences, checked.per_device_train_batch_size, how.tokens, step, emit))
         plain = ranks.PlainModel(model)
         trainer = _trainer(model, sequences, held_out, checked, how, pad_id, padding_side, watch, loss)
         for reporter in reporters:

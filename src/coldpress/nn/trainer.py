@@ -77,6 +77,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         self._agreed = (False, False)
         self._most = 0
         """Micro-batches of this step, of the rank that has most."""
+        self._clipped: list[torch.nn.Parameter] = []
         self._good: tuple[int, dict[str, torch.Tensor]] | None = None
         self._small = (
             sum(one.numel() * one.element_size() for one in ranks.trained(self.model).values()) <= SNAPSHOT_BYTES
@@ -156,7 +157,8 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         return torch.tensor(sum(count for count, _ in counts), device=device)
 
     def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> torch.Tensor:
-        model.train()
+        if not model.training:  # it goes through all modules
+            model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         # DDP and FSDP average gradients over ranks; each contributes its sum.
@@ -176,18 +178,24 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
     def _agree(self, loss: torch.Tensor, tokens: int) -> tuple[float, int]:
         """The step's loss and tokens over all ranks, and what all of them do after it: save, stop."""
         save = self.watch.wants_save() and self.is_world_process_zero()
+        if ranks.ranks() == 1:
+            self._agreed = (save, self.watch.stop_asked)
+            return float(loss), tokens
         figures = torch.stack([
             loss.double().cpu(), torch.tensor(float(tokens)).double(), torch.tensor(float(save)).double(),
             torch.tensor(float(self.watch.stop_asked)).double(),
         ])  # fmt: skip
-        if ranks.ranks() > 1:
-            figures = self.accelerator.reduce(figures.to(self.args.device), reduction="sum").cpu()
-            figures[0] /= ranks.ranks()
+        figures = self.accelerator.reduce(figures.to(self.args.device), reduction="sum").cpu()
+        figures[0] /= ranks.ranks()
         self._agreed = (bool(figures[2] > 0), bool(figures[3] > 0))
         return float(figures[0]), int(figures[1])
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
+        if ranks.ranks() == 1 and self.accelerator.scaler is None:  # what accelerate does, without looking for more
+            self._clipped = self._clipped or [one for one in model.parameters() if one.requires_grad]
+            norm = torch.nn.utils.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
+        else:
+            norm = super()._clip_grad_norm(model)
         if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
             raise self.watch.broken(f"the norm of the gradient became {float(norm)}", len(self.watch.losses) - 1)
         return norm

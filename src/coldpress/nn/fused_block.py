@@ -1,0 +1,331 @@
+"""A whole decoder layer on a packed row of short records as one step of autograd.
+
+    y = x + o_proj(attention(qkv_proj(norm(x))))          out = y + down_proj(silu(gate) * up of norm(y))
+
+A small model spends more time on starting kernels, on copies from one layout into another and in autograd than on its
+products. Here a layer is one autograd function, whose attention takes queries, keys and values out of the row by one
+index each (`packed_heads`). After its attention, the last layer goes on with the rows that carry loss alone: nothing
+reads what it would compute of the others.
+
+A layer is replaced only if it is built like that and agrees with its own output and gradients on a row of the training
+data; a row with a long record, or anything else out of the ordinary, goes to the layer's own code.
+
+    T   tokens      products, in this order: qkv_proj (or q, k, v), o_proj, gate_up_proj (or gate, up), down_proj
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from coldpress.nn.fused import CASTS_KEPT, EXACT, ROUNDED, Norm, Product, agree, is_silu, norm_of, product_of
+from coldpress.nn.layer_math import gated, gated_backward, low_rank, low_rank_backward, norm, norm_backward
+from coldpress.nn.packed_attention import SHORT, PackedAttention
+from coldpress.nn.packed_heads import Attended, Heads, Places, attend, attend_backward, places_of
+
+__all__ = ["fused_blocks"]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The parts of a decoder layer."""
+
+    qkv: tuple[Product, ...]
+    out: Product
+    gate_up: tuple[Product, ...]
+    down: Product
+    norms: tuple[Norm, Norm]
+    heads: Heads
+    window: int | None
+    last: bool
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        return (*self.qkv, self.out, *self.gate_up, self.down)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out.dtype
+
+
+@dataclass
+class _Tape:
+    """What products keep on the way forward; the way back reads it from its end."""
+
+    factors: list[torch.Tensor | None]
+    """A and B of each product, in order."""
+    kept: list[torch.Tensor | None] = field(default_factory=list)
+    """A, B, (m * x) A^T and m of each product."""
+    scales: list[float] = field(default_factory=list)
+    gradients: list[torch.Tensor | None] = field(default_factory=list)
+    """For the factors, from the last one to the first."""
+
+    def forward(self, products: Sequence[Product], x: torch.Tensor) -> torch.Tensor:
+        """Their results side by side."""
+        outs = [self._one(product, x) for product in products]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _one(self, product: Product, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.factors[2 * len(self.scales) : 2 * len(self.scales) + 2]
+        weight, bias = product.weight(), product.bias()
+        if a is None or b is None:
+            self.scales.append(0.0)
+            self.kept += [None] * 4
+            return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        mask, scale = product.mask(x)
+        own_a, own_b = a.to(x.dtype), b.to(x.dtype)
+        out, inner = low_rank(x, weight, bias, own_a, own_b, scale, mask)
+        small = a.numel() + b.numel() <= CASTS_KEPT
+        self.scales.append(scale)
+        self.kept += [*((own_a, own_b) if small else (a, b)), inner, mask]
+        return out
+
+    def backward(
+        self, products: Sequence[Product], upstream: torch.Tensor, x: torch.Tensor, *, wanted: bool = True
+    ) -> torch.Tensor | None:
+        """Gradient for x, unless it is not wanted; those for the factors are kept."""
+        for_x: torch.Tensor | None = None
+        parts = upstream.split([one.base.out_features for one in products], dim=1)
+        for product, part in zip(reversed(products), reversed(parts), strict=True):
+            a, b, inner, mask = self.kept[-4:]
+            del self.kept[-4:]
+            scale, weight = self.scales.pop(), product.weight() if wanted else None
+            if a is None or b is None or inner is None:
+                self.gradients += [None, None]
+                if weight is not None:
+                    for_x = torch.mm(part, weight) if for_x is None else for_x.addmm_(part, weight)
+                continue
+            own = a.to(x.dtype), b.to(x.dtype)
+            for_x, for_a, for_b = low_rank_backward(part, x, inner, weight, *own, scale, mask, for_x)
+            self.gradients += [for_b, for_a]
+        return for_x
+
+
+class _Layer(torch.autograd.Function):  # type: ignore[misc]
+    """[1, T, d] -> [1, T, d], or [1, rows, d] where `rows` says so. `factors`: A and B of each product, or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        block: _Block,
+        places: Sequence[Places],
+        rows: torch.Tensor | None,
+        *factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        tape, (first, second), entered = _Tape(list(factors)), block.norms, x[0]
+        normed, inverse = norm(entered, first.weight, first.eps)
+        seen, attended = attend(tape.forward(block.qkv, normed), places, block.heads)
+        carried = entered
+        if rows is not None:
+            seen, carried = seen.index_select(0, rows), entered.index_select(0, rows)
+        middle = tape.forward((block.out,), seen).add_(carried)
+        normed_middle, inverse_middle = norm(middle, second.weight, second.eps)
+        both = tape.forward(block.gate_up, normed_middle)
+        product = gated(both)
+        out = tape.forward((block.down,), product).add_(middle)
+        ctx.block, ctx.places, ctx.scales = block, places, tape.scales
+        ctx.dtypes = [None if one is None else one.dtype for one in factors]
+        states = [one for each in attended for one in each]
+        ctx.save_for_backward(
+            entered, inverse, normed, seen, rows, middle, inverse_middle, normed_middle, both, product, *states,
+            *tape.kept,
+        )  # fmt: skip
+        return out.unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        block, places, saved = ctx.block, ctx.places, ctx.saved_tensors
+        entered, inverse, normed, seen, rows, middle, inverse_middle, normed_middle, both, product = saved[:10]
+        split = 10 + 4 * len(places)
+        attended: list[Attended] = [tuple(saved[place : place + 4]) for place in range(10, split, 4)]
+        tape, (first, second) = _Tape([], list(saved[split:]), list(ctx.scales)), block.norms
+        gradient = upstream[0]
+        for_product = tape.backward((block.down,), gradient, product)
+        for_normed = tape.backward(block.gate_up, gated_backward(for_product, both), normed_middle)
+        carried = norm_backward(for_normed, middle, second.weight, inverse_middle).add_(gradient)
+        for_seen = tape.backward((block.out,), carried, seen)
+        assert for_seen is not None
+        if rows is not None:
+            for_seen, carried = (_spread(one, rows, len(entered)) for one in (for_seen, carried))
+        for_states = attend_backward(for_seen, attended, places, block.heads)
+        wanted = ctx.needs_input_grad[0]
+        for_entered = tape.backward(block.qkv, for_states, normed, wanted=wanted)
+        if wanted:
+            carried = norm_backward(for_entered, entered, first.weight, inverse).add_(carried)
+        gradients = [
+            None if one is None else one.to(dtype)
+            for one, dtype in zip(reversed(tape.gradients), ctx.dtypes, strict=True)
+        ]
+        return carried.unsqueeze(0) if wanted else None, None, None, None, *gradients
+
+
+def _spread(some: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """A matrix of `count` rows that holds these at `rows`, and 0 elsewhere."""
+    return some.new_zeros((count, some.shape[1])).index_copy_(0, rows, some)
+
+
+# -- in the place of what ----------------------------------------------------------------------------------------------
+
+PASSED = {"attention_mask", "cache_position", "past_key_values", "position_embeddings", "position_ids", "use_cache"}
+"""What a decoder hands to its layers; of these, positions alone may hold something here."""
+
+
+@dataclass
+class _Shared:
+    """What the layers of a model have in common while it runs."""
+
+    function: PackedAttention
+    trimmed: bool = True
+    """Whether the last layer leaves rows out."""
+    _made_for: tuple[Any, ...] = ()
+    _places: list[Places] = field(default_factory=list)
+
+    def places(self, heads: Heads, cos: torch.Tensor, sin: torch.Tensor) -> list[Places]:
+        segments = self.function.segments
+        assert segments is not None
+        before = self._made_for
+        if not before or before[0] is not segments or before[1] is not cos or before[2] != heads:
+            self._made_for, self._places = (segments, cos, heads), places_of(segments, heads, cos, sin)
+        return self._places
+
+    def fits(self, block: _Block, x: torch.Tensor, given: Mapping[str, Any]) -> bool:
+        """Whether the layer is called in the way that is replaced."""
+        segments, angles = self.function.segments, given.get("position_embeddings")
+        if segments is None or angles is None or x.dtype != block.dtype or angles[0].dtype != x.dtype:
+            return False
+        longest = segments.buckets[0].length
+        if longest > SHORT or (block.window is not None and longest > block.window):
+            return False
+        kept = bool(given.get("use_cache")) or any(
+            given.get(name) is not None for name in ("attention_mask", "past_key_values")
+        )
+        cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype
+        whole = angles[0].shape[-1] == block.heads.size and len(angles[0]) == len(x) == 1
+        others = any(value is not None and name not in PASSED for name, value in given.items())
+        return whole and not (kept or cast or others) and all(one.usable for one in block.products)
+
+
+def _forward(layer: Any, block: _Block, shared: _Shared) -> Callable[..., torch.Tensor]:
+    own = layer.forward
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or not shared.fits(block, hidden_states, kwargs):
+            return own(hidden_states, *args, **kwargs)
+        places = shared.places(block.heads, *kwargs["position_embeddings"])
+        rows = shared.function.rows if block.last and shared.trimmed else None
+        factors = [None if one is None else one.weight for product in block.products for one in (product.a, product.b)]
+        return _Layer.apply(hidden_states, block, places, rows, *factors)
+
+    return forward
+
+
+@contextmanager
+def fused_blocks(decoder: Any, function: PackedAttention, run: Callable[[], Any]) -> Iterator[int]:
+    """While the block runs, layers of `decoder` compute by the above; yields how many do.
+
+    `function` is what the model attends by; `run` sends a packed row through the model, on which layers are compared.
+    """
+    layers, shared, replaced = list(getattr(decoder, "layers", ())), _Shared(function), []
+    blocks = [_block_of(layer, last=layer is layers[-1]) for layer in layers]
+    try:
+        if any(blocks) and next(decoder.parameters()).device.type == "cpu":
+            shared.trimmed = False
+            calls = _calls(layers, run)
+            for layer, block in zip(layers, blocks, strict=True):
+                args, given = calls.get(layer, ((), {}))
+                if block is None or len(args) != 1 or not shared.fits(block, args[0], given):
+                    continue
+                forward = _forward(layer, block, shared)
+                if _agrees(layer, forward, args[0], given):
+                    layer.forward = forward
+                    replaced.append(layer)
+            shared.trimmed = True
+        yield len(replaced)
+    finally:
+        for layer in replaced:
+            del layer.forward
+
+
+def _block_of(layer: Any, *, last: bool) -> _Block | None:
+    """The parts of a layer that is built as this module computes it, as far as its modules say."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if attention is None or mlp is None or _unknown(layer, "self_attn", "mlp", *_NORMS):
+        return None
+    norms = [norm_of(getattr(layer, name, None)) for name in _NORMS]
+    joined = hasattr(attention, "qkv_proj")
+    into = ("qkv_proj",) if joined else ("q_proj", "k_proj", "v_proj")
+    up = ("gate_up_proj",) if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj")
+    if _unknown(attention, *into, "o_proj") or _unknown(mlp, *up, "down_proj", "act_fn", "activation_fn"):
+        return None
+    named = [getattr(attention, name, None) for name in (*into, "o_proj")]
+    named += [getattr(mlp, name, None) for name in (*up, "down_proj")]
+    parts = [product_of(one) for one in named]
+    products = [one for one in parts if one is not None]
+    size, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
+    if len(products) < len(parts) or None in norms or not is_silu(mlp) or size is None or scale is None:
+        return None
+    first, second = (one for one in norms if one is not None)
+    wide, count = products[len(into)].base.in_features, sum(one.base.out_features for one in products[: len(into)])
+    heads = Heads(wide // size, (count - wide) // size // 2, size, float(scale))
+    alike = {one.dtype for one in products} | {one.weight.dtype for one in (first, second)}
+    whole = heads.keys > 0 and heads.queries % heads.keys == 0 and heads.all * size == count and size % 2 == 0
+    if len(alike) != 1 or not whole or getattr(attention, "attention_dropout", None):
+        return None
+    out, down = products[len(into)], products[-1]
+    gate_up = tuple(products[len(into) + 1 : -1])
+    config = getattr(attention, "config", None)
+    window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+    return _Block(tuple(products[: len(into)]), out, gate_up, down, (first, second), heads, window, last)
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _unknown(module: Any, *names: str) -> bool:
+    """Whether it has parts beyond these (a dropout that drops nothing is none)."""
+    idle = [name for name, one in module.named_children() if isinstance(one, torch.nn.Dropout) and not one.p]
+    return bool({name for name, _ in module.named_children()} - {*names, *idle})
+
+
+def _calls(layers: Sequence[Any], run: Callable[[], Any]) -> dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each layer is called with."""
+    calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[layer] = (args, kwargs)
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _agrees(layer: Any, forward: Callable[..., torch.Tensor], entered: torch.Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether both give the same and the same gradients, the residual connection left aside."""
+    trained = [one for one in layer.parameters() if one.requires_grad]
+    draw = torch.Generator().manual_seed(0)
+    upstream = torch.randn(entered.shape, generator=draw).to(entered.dtype)
+    results = []
+    was_training = layer.training
+    layer.train(False)  # dropout draws anew each time
+    try:
+        for function in (layer.forward, forward):
+            x = entered.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                out = function(x, **given)
+            first, *others = torch.autograd.grad(out, [x, *trained], upstream)
+            results.append([out.detach() - x.detach(), first - upstream, *others])
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
+        return False
+    finally:
+        layer.train(was_training)
+    exact = entered.dtype == torch.float32
+    return all(agree(one, other, EXACT if exact else ROUNDED) for one, other in zip(*results, strict=True))
