@@ -317,4 +317,4 @@ def test_stopped_it_says_what_is_the_best_so_far(workflow: Any, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped after 1 trials, which are kept; best so far: trial 1 (step0.a 4" in errors
+    assert "stopped after 1 trials, which are kept; best so far: trial 1 (a 4" in errors

@@ -47,6 +47,7 @@ from coldpress.search.recorded import figures, search_record
 from coldpress.search.samplers import make_sampler
 from coldpress.search.trial_run import Asked, Bench, Planned, plan_trial, run_trial
 from coldpress.search.trials import Choice, Trial, choose, nearest
+from coldpress.units import settings_text
 
 __all__ = ["search"]
 
@@ -347,7 +348,7 @@ class _Search:
         if choice is None:
             choice = self._nearest(trials)
         record = self._record(choice)
-        feasible = sum(trial.state == "feasible" for trial in self.trials)
+        feasible = sum(trial.state == "feasible" for trial in trials)
         self._emit(SearchFinished(len(self.trials), feasible, choice.trial.number, choice.why, record.seconds))
         seconds = time.perf_counter() - self._started
         found = self.loaded.at(choice.trial.point)
@@ -360,7 +361,9 @@ class _Search:
         near = [trial for trial in nearest(trials, len(trials)) if trial.key is not None]
         if near:
             return Choice(near[0], f"no trial meets every goal; this one lacks the least: {near[0].why}")
-        listed = "".join(f"\n  trial {one.number} ({one.describe()}): {one.why}" for one in nearest(trials))
+        listed = "".join(
+            f"\n  trial {one.number} ({settings_text(one.settings)}): {one.why}" for one in nearest(trials)
+        )
         if listed:
             raise UnmetError(
                 f"no setting can meet the goals, and none was run; the nearest:{listed}",
@@ -395,7 +398,11 @@ class _Search:
 
     def _so_far(self) -> str:
         choice = self._choice()
-        best = "" if choice is None else f"; best so far: trial {choice.trial.number} ({choice.trial.describe()})"
+        best = (
+            ""
+            if choice is None
+            else f"; best so far: trial {choice.trial.number} ({settings_text(choice.trial.settings)})"
+        )
         return f"stopped after {len(self.trials)} trials, which are kept{best}"
 
 
