@@ -255,10 +255,10 @@ def _text_of_search(event: Event, trials: int) -> str | None:
         sign = click.style("best so far" if event.best else said, fg=colour, bold=event.best)
         figures = ", ".join(f"{name} {value}" for name, value in event.figures.items())
         why = "" if event.best or not event.why else f": {event.why}"
-        took = f"  {duration(event.seconds)}" if event.seconds else ""
+        took = duration(event.seconds) if event.seconds else ""
         number = f"trial {event.number:>{len(str(trials))}d}"
         return "  ".join(
-            part for part in (number, settings_text(event.settings), f"{sign}{why}", figures + took) if part
+            part for part in (number, settings_text(event.settings), f"{sign}{why}", figures, took) if part
         )
     if isinstance(event, SearchFinished):
         some = f"{event.feasible} of {event.trials} trials meet every goal"

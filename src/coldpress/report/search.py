@@ -213,7 +213,7 @@ def history_chart(search: SearchRecord) -> Chart | None:
                            "yaxis": "y2", "text": [_hover(one) for one in rest], "showlegend": not mine})  # fmt: skip
     below = any(trace.get("yaxis") == "y2" for trace in traces)
     layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": "trial"}, "tickformat": "d", **_whole_ticks(search.trials[-1].number)},
+        "xaxis": {"title": {"text": "trial", "font": {"size": 13}}, **_whole_ticks(search.trials[-1].number)},
         "yaxis": {**_axis_layout(axis), "domain": [0.2 if below else 0, 1]},
         "hovermode": "closest",
     }
@@ -234,7 +234,7 @@ def _whole_ticks(last: int) -> dict[str, Any]:
         one for power in range(1 + len(str(last))) for one in (10**power, 2 * 10**power, 5 * 10**power)
         if last <= one * _TICKS
     )  # fmt: skip
-    return {"tick0": 0, "dtick": apart, "range": [1 - 0.03 * last, last * 1.03]}
+    return {"tickformat": "d", "tick0": 0, "dtick": apart, "range": [1 - 0.03 * last, last * 1.03]}
 
 
 def trial_rows(search: SearchRecord) -> list[dict[str, Any]]:
