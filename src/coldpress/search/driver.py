@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import queue
 import threading
 import time
@@ -43,6 +42,7 @@ from coldpress.events import (
 )
 from coldpress.search.gate import Room
 from coldpress.search.objectives import losses, objectives_of
+from coldpress.search.outlook import first_setting, most_trials
 from coldpress.search.recorded import figures, search_record
 from coldpress.search.samplers import make_sampler
 from coldpress.search.trial_run import Asked, Bench, Planned, plan_trial, run_trial
@@ -51,8 +51,6 @@ from coldpress.units import settings_text
 
 __all__ = ["search"]
 
-_FIRST = 1000
-"""Settings to look at for one that is a config."""
 _CORES_A_TRIAL = 4
 """Fewer than these make a trial slower than it makes the search faster."""
 
@@ -65,25 +63,13 @@ def search(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_cod
     """
     assert loaded.space is not None
     assert loaded.workflow.strategy is not None
-    first = _first(loaded, loaded.space)
+    first, _ = first_setting(loaded)
     plan = complete_plan(first, trust_remote_code=trust_remote_code, any_steps=True)
     driver = _Search(loaded, plan, loaded.workflow.strategy, tuple(sinks), trust_remote_code)
     with driver.store_in_use():
         before, resolved = driver.run()
     final = complete_plan(resolved, trust_remote_code=trust_remote_code)
     return run_plan(final, tuple(sinks), before)
-
-
-def _first(loaded: LoadedConfig, space: Space) -> LoadedConfig:
-    """The first setting that is a config; raises the first one's ConfigError where none of many is."""
-    refused: ConfigError | None = None
-    for point in itertools.islice(space.points(), _FIRST):
-        try:
-            return loaded.at(point)
-        except ConfigError as error:  # noqa: PERF203
-            refused = refused or error
-    assert refused is not None
-    raise refused
 
 
 class _Stopped(Exception):
@@ -171,7 +157,9 @@ class _Search:
     def _run(self) -> tuple[Before, LoadedConfig]:
         workflow = self.loaded.workflow
         self._emit(
-            SearchStarted(workflow.workflow_id, self.strategy.sampler, self.space.size, self._budget(self.space))
+            SearchStarted(
+                workflow.workflow_id, self.strategy.sampler, self.space.size, most_trials(self.strategy, self.space)
+            )
         )
         for note in self.plan.notes:
             self._emit(Message("info", note))
@@ -233,18 +221,13 @@ class _Search:
 
     # -- trials -------------------------------------------------------------------------------------------------------
 
-    def _budget(self, space: Space) -> int:
-        """Trials of a space at most."""
-        samples = self.strategy.sampler_config.max_samples or space.size
-        return min(samples, space.size, self.strategy.max_iter or samples)
-
     def _tried(self, space: Space, prefix: Point, steps: int | None) -> Iterator[Trial]:
         """Trials of a space in the order of asking, as they are done; `prefix` is what was chosen before.
 
         Raises _Stopped at a limit of the strategy.
         """
         config = self.strategy.sampler_config
-        budget = self._budget(space)
+        budget = most_trials(self.strategy, space)
         sampler = make_sampler(
             self.strategy.sampler, space, objectives=len(self.objectives), seed=config.seed, budget=budget
         )
@@ -290,7 +273,7 @@ class _Search:
         """A trial that is to run beside the others."""
         number = len(self.trials) + running + 1
         asked = Asked(number, point, self.space.settings(point), steps)
-        return plan_trial(asked, self.loaded, self._bench, trust_remote_code=self.trust)
+        return plan_trial(asked, self.loaded, self._bench.baselines, trust_remote_code=self.trust)
 
     def _try(self, planned: Planned) -> Trial:
         if planned.refused is not None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from coldpress.config.space import Dimension, Point, Space
 from coldpress.errors import MissingExtraError
 
-__all__ = ["Point", "Sampler", "make_sampler"]
+__all__ = ["Sampler", "make_sampler"]
 
 SamplerName: TypeAlias = Literal["sequential", "random", "tpe", "nsga2"]
 _TRIES = 64
