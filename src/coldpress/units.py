@@ -26,11 +26,11 @@ def parse_size(text: str | int) -> int:
     """Bytes of `8GB`, `7.5 GiB`, `512M` or a number; raises ValueError."""
     if isinstance(text, int):
         return text
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(i?)B?", text)
     if found is None:
         raise ValueError(f"{text!r} is no size such as 8GB")
     base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def duration(seconds: float | None) -> str:

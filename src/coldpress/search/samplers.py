@@ -132,7 +132,7 @@ class _Optuna:
             with warnings.catch_warnings():  # `group`, without which a conditional space is drawn from at random
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 sampler = optuna.samplers.TPESampler(
-                    seed=seed, multivariate=True, group=True, n_startup_trials=startup(budget)
+                    seed=seed, multivariate=True, group=True, n_startup_trials=_startup(budget)
                 )
         else:
             sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, budget // 4)))
@@ -185,6 +185,6 @@ def _ordered(choices: Sequence[Any]) -> bool:
     return len(numbers) == len(choices) and sorted(numbers) in (numbers, numbers[::-1])
 
 
-def startup(budget: int) -> int:
+def _startup(budget: int) -> int:
     """Points drawn at random before the model is asked."""
     return max(4, min(10, budget // 3))
