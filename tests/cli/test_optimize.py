@@ -131,6 +131,7 @@ def test_a_search_for_real(tmp_path: Path) -> None:
     smallest = min(one.scores[0].value or 0 for one in search.trials if one.state == "feasible")
     assert winner.scores[0].value == smallest
     assert all(one.why for one in search.trials if one.state != "feasible")
+    assert all("too far from its input" in one.why for one in search.trials if one.state == "failed")
     assert search.config is not None
     assert search.config["passes"]["build"]["precision"] in winner.settings["build"]
     assert (tmp_path / "out" / "model" / "genai_config.json").is_file()

@@ -44,7 +44,7 @@ from coldpress.search.gate import Room
 from coldpress.search.objectives import losses, objectives_of
 from coldpress.search.outlook import first_setting, most_trials
 from coldpress.search.recorded import figures, search_record
-from coldpress.search.samplers import make_sampler
+from coldpress.search.samplers import check_sampler, make_sampler
 from coldpress.search.trial_run import Asked, Bench, Planned, plan_trial, run_trial
 from coldpress.search.trials import Choice, Trial, choose, nearest
 from coldpress.units import settings_text
@@ -59,10 +59,12 @@ def search(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_cod
     """Search the space of a workflow and hand over the best model that meets the goals.
 
     Without one that does, the nearest is handed over, and `RunResult.unmet` says what it lacks. Raises UnmetError where
-    there is no model to hand over, StepError where every trial failed, Interrupted, and ConfigError before any work.
+    there is no model to hand over, StepError where every trial failed, Interrupted, and ConfigError or
+    MissingExtraError before any work.
     """
     assert loaded.space is not None
     assert loaded.workflow.strategy is not None
+    check_sampler(loaded.workflow.strategy.sampler)
     first, _ = first_setting(loaded)
     plan = complete_plan(first, trust_remote_code=trust_remote_code, any_steps=True)
     driver = _Search(loaded, plan, loaded.workflow.strategy, tuple(sinks), trust_remote_code)
