@@ -235,6 +235,9 @@ def test_pass_by_pass_goes_on_from_the_best_and_steps_back_when_the_goal_is_miss
         {"step0.a": 1, "step1.b": 20}, {"step0.a": 1, "step1.b": 10},
     ]  # fmt: skip
     assert result.search.winner == 5
+    assert [trial.whole for trial in result.search.trials] == [False] * 3 + [True] * 2
+    (ended,) = (event for event in events if isinstance(event, SearchFinished))
+    assert ended.feasible == 2, "of the first step alone nothing can be handed over"
     worked = [event for event in events if isinstance(event, StepFinished) and not event.cached]
     assert len(worked) == 3 + 2
     # The first step's best cannot meet this goal of the second step's result: the next best is gone on with.

@@ -16,7 +16,7 @@ LINES = 10
 """At most."""
 _NEAREST = 3
 """Trials of a search that misses its goals."""
-_SETTINGS, _WHY = 76, 100
+_SETTINGS, _WHY = 76, 90
 """Characters of a trial's settings and of a reason; the report has all."""
 
 
