@@ -37,6 +37,10 @@ PARTS = (
     ("A step", record.StepRecord),
     ("A training, in a step", record.TrainingSummary),
     ("training.json", record.TrainingRecord),
+    ("A search", record.SearchRecord),
+    ("A dimension of a search", record.DimensionRecord),
+    ("An objective of a search", record.ObjectiveRecord),
+    ("A trial of a search", record.TrialRecord),
     ("A score", record.ScoreRecord),
     ("A comparison of a result with its input", record.ParityRecord),
     ("A model", record.ModelRecord),
@@ -71,6 +75,8 @@ def _type(annotation: object) -> str:
         return f"list of ({_type(arguments[0])})" if arguments[-1] is Ellipsis else "pair of whole numbers"
     if origin is not None:
         return "object"
+    if annotation is typing.Any:
+        return "any value"
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}[typing.cast("type", annotation)]
 
 

@@ -373,6 +373,8 @@ class TrialRecord(_Part):
     """Under which the cache keeps its model."""
     same_as: int | None = None
     """Trial that made the very same model."""
+    whole: bool = True
+    """Whether all steps were done; false: the first ones alone (pass-by-pass), of which nothing is handed over."""
 
 
 class SearchRecord(_Part):

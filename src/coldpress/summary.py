@@ -100,7 +100,7 @@ def comparisons(record: RunRecord) -> list[Comparison]:
         for key, models in rows.items()
     ]
     sizes = _sizes(record)
-    if len(sizes) > 1 and not any("size_on_disk" in key for key in rows):
+    if len(sizes) > 1 and not any("size_on_disk" in key or key[1] == "bytes" for key in rows):
         found.append(Comparison("weights on disk", "bytes", False, sizes))
     return found
 

@@ -1,11 +1,15 @@
-"""Bytes, seconds and measured values as people read them."""
+"""Bytes, seconds, measured values and settings as people read them."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-__all__ = ["duration", "parse_size", "quantity", "size", "spread"]
+__all__ = ["duration", "parse_size", "plain_value", "quantity", "settings_text", "short_names", "size", "spread"]
 
 
 def size(count: float | None) -> str:
@@ -22,11 +26,11 @@ def parse_size(text: str | int) -> int:
     """Bytes of `8GB`, `7.5 GiB`, `512M` or a number; raises ValueError."""
     if isinstance(text, int):
         return text
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(i?)B?", text)
     if found is None:
         raise ValueError(f"{text!r} is no size such as 8GB")
     base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def duration(seconds: float | None) -> str:
@@ -61,3 +65,21 @@ def spread(error: float | None, unit: str) -> str:
     if unit == "share":
         return f"± {100 * error:.1f}"
     return f"± {size(error) if unit == 'bytes' else f'{error:.2g}'}"
+
+
+def plain_value(value: Any) -> str:
+    """A value of a config: a text as it stands, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """`lora.training_args.learning_rate` as `learning_rate`, wherever no other name ends so."""
+    ends = {name: name.rpartition(".")[2] for name in names}
+    counts = Counter(ends.values())
+    return {name: end if counts[end] == 1 else name for name, end in ends.items()}
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """What a search chose, in one line, by the shortest names."""
+    names = short_names(settings)
+    return ", ".join(f"{names[name]} {plain_value(value)}" for name, value in settings.items()) or "as it is"

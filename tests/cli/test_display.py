@@ -24,8 +24,11 @@ from coldpress.events import (
     Progress,
     RunStarted,
     ScoreMeasured,
+    SearchFinished,
+    SearchStarted,
     StepFinished,
     StepStarted,
+    TrialFinished,
     event_from_dict,
 )
 
@@ -200,3 +203,72 @@ def test_a_run_on_a_narrow_terminal(workflow: Callable[..., dict[str, Any]], tmp
     live = [line for line in drawn if "ticks" in line]
     assert any(re.search(r"step0 Fake  \d+/10 ticks", line) for line in live), drawn
     assert all(len(line) <= 44 for line in live)
+
+
+SEARCH: list[Event] = [
+    SearchStarted("w", "tpe", 1440, 16),
+    StepStarted("trial 1 build", "ModelBuilder"),
+    StepFinished("trial 1 build", "ModelBuilder", False, 1.0),
+    ScoreMeasured("trial 1 build", "perplexity", 31.5, 0.4, 4000),
+    Message("warning", "no room for more", "trial 1 build"),
+    TrialFinished(1, {"build.int4_block_size": 32, "lora.r": 8}, "feasible", "", {"speed p50": "4 ms"}, 12.4, True),
+    TrialFinished(2, {"build.int4_block_size": 64, "lora.r": 8}, "feasible", "", {"speed p50": "5 ms"}, 11.0, False),
+    TrialFinished(3, {"a.r": 1, "b.r": 2}, "infeasible", "perplexity 36, wanted at most 34", {}, 3.0, False),
+    TrialFinished(4, {}, "failed", "loss is no number", {}, 2.0, False),
+    TrialFinished(5, {"x": "y"}, "pruned", "size: its weights alone are 8.0 MB, allowed are 6.6 MB", {}, 0.0, False),
+    SearchFinished(5, 2, 1, "of 2 that meet every goal, the best in speed p50, 4 ms", 29.0),
+]
+
+
+def test_lines_of_a_search() -> None:
+    lines = shown(Lines(0), RunStarted("w", ()), *SEARCH)
+    assert lines == [
+        "search  tpe over 1,440 settings, at most 16 trials",
+        "trial 1 build  warning  no room for more",
+        "trial  1  int4_block_size 32, r 8  best so far  speed p50 4 ms  12 s",
+        "trial  2  int4_block_size 64, r 8  meets every goal  speed p50 5 ms  11 s",
+        "trial  3  a.r 1, b.r 2  out: perplexity 36, wanted at most 34  3.0 s",
+        "trial  4  as it is  failed: loss is no number  2.0 s",
+        "trial  5  x y  not run: size: its weights alone are 8.0 MB, allowed are 6.6 MB",
+        f"search  2 of 5 trials meet every goal; trial 1 is handed over: {SEARCH[-1].why} (29 s)",  # type: ignore[union-attr]
+    ]
+
+
+def test_after_a_search_steps_have_their_lines_again() -> None:
+    lines = shown(Lines(0), *SEARCH, RunStarted("w", ("build",)), StepFinished("build", "ModelBuilder", True, 1.0))
+    assert lines[-1] == "build  cached  ModelBuilder  1.0 s"
+
+
+def test_a_search_that_met_nothing_says_so_once() -> None:
+    why = "no trial meets every goal; this one lacks the least: loss 5, wanted at most 4"
+    lines = shown(Lines(0), SearchStarted("w", "random", 1, 1), SearchFinished(3, 0, 2, why, 1.0))
+    assert lines == [
+        "search  random over one setting",
+        f"search  0 of 3 trials meet every goal; trial 2 is handed over: {why.partition('; ')[2]} (1.0 s)",
+    ]
+    assert shown(Lines(0), SearchFinished(3, 0, None, "", 1.0)) == ["search  0 of 3 trials meet every goal (1.0 s)"]
+
+
+def test_a_search_on_a_live_terminal() -> None:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=60, height=20, force_terminal=True, highlight=False))
+    terminal(SEARCH[0])
+    terminal(SEARCH[1])
+    terminal(Progress("trial 1 build", 3, 39, "tensors"))
+    paper = Console(file=io.StringIO(), width=60, highlight=False)
+    with paper.capture() as capture:
+        paper.print(terminal._render())
+    assert capture.get().startswith("trial 1 build Mo")
+    for event in SEARCH[2:]:
+        terminal(event)
+    assert str(terminal._render()) == "", "nothing stale between trials"
+    terminal.close()
+    for said in ("at most 16 trials", "best so far", "wanted at most 34", "trial 1 is handed over"):
+        assert said in " ".join(out.getvalue().split())
+    assert "trial 1 build  done" not in out.getvalue(), "a trial is one line"
+
+
+def test_json_lines_of_a_search_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    for event in SEARCH:
+        JsonLines()(event)
+    assert [event_from_dict(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == SEARCH

@@ -11,7 +11,9 @@ import pytest
 
 from cli.test_main import coldpress
 from coldpress.cli.ending import LINES, ending
-from coldpress.record import read_run
+from coldpress.record import SearchRecord, read_run
+from fakes.searches import made_up_run, made_up_search
+from search.test_driver import SCRIPT, custom
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
 
@@ -70,3 +72,79 @@ def test_a_failed_command_says_where_its_report_is(workflow: Callable[..., dict[
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].endswith(f"why it ended: {tmp_path / 'output' / 'report.html'}")
     assert "it failed on purpose" in done.stderr
+
+
+def of_search(tmp_path: Path, search: SearchRecord, **more: Any) -> list[str]:
+    path = tmp_path / "run.json"
+    path.write_text(made_up_run(search, **more).model_dump_json())
+    return ending(path)
+
+
+def test_a_search_is_one_line(tmp_path: Path) -> None:
+    lines = of_search(tmp_path, made_up_search(40))
+    (line,) = (line for line in lines if line.startswith("search"))
+    assert (
+        "trial 15 of 40 (build ModelBuilder 2, int4_block_size 32, int4_is_symmetric false, r 8): of 21 that meet"
+        in line
+    )
+    assert len(lines) <= LINES
+    long = made_up_search(40).model_copy(update={"why": "x" * 500})
+    assert max(len(line) for line in of_search(tmp_path, long)) < 220
+
+
+def test_a_search_that_met_nothing_tells_the_nearest_and_what_stopped_them(tmp_path: Path) -> None:
+    search = made_up_search(12, state="infeasible")
+    record = made_up_run(search)
+    many = [score.model_copy(update={"metric": f"m{number}"}) for number in range(9) for score in record.scores]
+    path = tmp_path / "run.json"
+    path.write_text(record.model_copy(update={"scores": tuple(many), "warnings": ("one",)}).model_dump_json())
+    lines = ending(path)
+    assert len(lines) <= LINES
+    at = next(place for place, line in enumerate(lines) if line.startswith("search"))
+    assert "none of 12 trials meets every goal; trial 5 is handed over; the nearest:" in lines[at]
+    for number, line in zip(search.nearest, lines[at + 1 : at + 4], strict=True):
+        assert line.strip().startswith(f"trial {number} (build ModelBuilder")
+        assert line.endswith(search.trials[number - 1].why)
+    assert [line for line in lines if line.startswith("record")]
+
+
+def test_the_command_of_a_search_that_met_nothing(workflow: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    (tmp_path / "own.py").write_text(SCRIPT)
+    goal = {"goal": {"type": "threshold", "value": 4}}
+    document = workflow(
+        {"a": [9, 5, 7]},
+        evaluators={"ev": {"metrics": [custom("loss", priority=1, **goal)]}},
+        evaluator="ev",
+        evaluate_input_model=False,
+        search_strategy={"sampler": "sequential"},
+    )
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(document))
+    done = coldpress("run", str(path), cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "these goals are not met: loss loss" in done.stderr
+    end = done.stdout.rstrip().splitlines()
+    at = next(place for place, line in enumerate(end) if "none of 3 trials meets every goal" in line)
+    assert [line.strip() for line in end[at + 1 : at + 4]] == [
+        "trial 2 (a 5): loss 5, wanted at most 4",
+        "trial 3 (a 7): loss 7, wanted at most 4",
+        "trial 1 (a 9): loss 9, wanted at most 4",
+    ]
+    assert end[-1].split() == ["record", str(tmp_path / "output" / "run.json")]
+    assert coldpress("run", str(path), "search_strategy.sampler=tpe", cwd=tmp_path).returncode == 3
+
+
+def test_the_command_of_a_search_of_which_nothing_can_meet_the_goals(
+    workflow: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    size = {"name": "size", "type": "size_on_disk",
+            "sub_types": [{"name": "bytes", "goal": {"type": "threshold", "value": 1000}}]}  # fmt: skip
+    document = workflow({"weights": [4000, 2000]}, evaluators={"ev": {"metrics": [size]}}, evaluator="ev",
+                        search_strategy={"sampler": "sequential"})  # fmt: skip
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(document))
+    done = coldpress("run", str(path), cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "trial 2 (weights 2000): size: its weights alone are 2.0 kB, allowed are 1.0 kB" in done.stderr
+    assert "loosen the goal, or widen the space" in done.stderr

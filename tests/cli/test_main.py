@@ -13,7 +13,7 @@ from coldpress.cli.doctor import findings
 from coldpress.cli.text import table
 from coldpress.engine.store import Store
 from coldpress.hardware import Gpu, detect
-from coldpress.units import duration, size
+from coldpress.units import duration, parse_size, settings_text, short_names, size
 
 
 def coldpress(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -39,6 +39,7 @@ def test_help_lists_every_verb() -> None:
         "data",
         "finetune",
         "build",
+        "optimize",
         "generate",
         "chat",
         "cache",
@@ -58,6 +59,7 @@ def test_help_lists_every_verb() -> None:
         "data",
         "finetune",
         "build",
+        "optimize",
         "generate",
         "chat",
         "cache",
@@ -198,3 +200,23 @@ def test_numbers_as_people_read_them() -> None:
         "2 h 10 min",
     ]
     assert table(["a", "n"], [["x", "10"], ["yy", "7"]], right=(1,)).splitlines()[1:] == ["x   10", "yy   7"]
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    assert [parse_size(text) for text in ("1kB", "1.5 kB", "1K", "2 KiB", "6.6MB")] == [
+        1000,
+        1500,
+        1000,
+        2048,
+        6_600_000,
+    ]
+
+
+def test_settings_by_the_shortest_names_that_tell_them_apart() -> None:
+    assert settings_text({}) == "as it is"
+    assert settings_text({"a.r": 8, "b.r": 16, "b.args.rate": 1e-3, "b": "LoRA", "c.even": True}) == (
+        "a.r 8, b.r 16, rate 0.001, b LoRA, even true"
+    )
+    assert short_names(["build[A].x", "build[B].x", "build[B].y"]) == {
+        "build[A].x": "build[A].x", "build[B].x": "build[B].x", "build[B].y": "y",
+    }  # fmt: skip

@@ -32,6 +32,7 @@ PAGES = (
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "docs/config.md",
+    "docs/search.md",
     "docs/proof.md",
     "docs/adapters.md",
     "docs/methods.md",
@@ -111,3 +112,28 @@ def test_the_example_line_of_the_docs_reads_back() -> None:
         json.loads(line) for line in lines
     ]
     assert lines
+
+
+def test_the_search_of_the_docs_is_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from coldpress.cli.workflow import plan
+    from coldpress.config.search_strategy import SearchStrategy
+
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    found = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    document = json.loads(found[1])
+    document["input_model"]["model_path"] = str(ROOT / document["input_model"]["model_path"])
+    (tmp_path / "search.json").write_text(json.dumps(document))
+    (tmp_path / "text.txt").write_text("a text\n" * 200)
+    monkeypatch.chdir(tmp_path)
+    shown = re.search(r"```\n(search  sequential.*?steps .*?)\n```", text, re.DOTALL)
+    assert shown is not None
+    assert CliRunner().invoke(plan, ["search.json"]).output.startswith(shown[1])
+    smaller = "evaluators.limits.metrics.0.sub_types.0.goal.value=5000000"
+    (told,) = re.findall(r"`(\d of 5 settings are out: [^`]+)`", text)
+    assert f"plans   {told}" in CliRunner().invoke(plan, ["search.json", smaller]).output
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (?!in)", text, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(SearchStrategy.model_fields) <= named

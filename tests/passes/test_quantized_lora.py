@@ -204,7 +204,7 @@ def test_the_nearest_product(shape: tuple[int, int]) -> None:
         assert (tuple(b.shape), tuple(a.shape)) == ((shape[0], rank), (rank, shape[1]))
         best = (u[:, :rank] * s[:rank]) @ vt[:rank]
         np.testing.assert_allclose((b @ a).numpy(), best, atol=2e-4)
-        # The least singular value is a thousandth of the greatest, whose float32 error it carries; CPUs round differently.
+        # The least singular value is a thousandth of the greatest, whose float32 error it carries: CPUs differ.
         np.testing.assert_allclose(b.norm(dim=0).numpy(), a.norm(dim=1).numpy(), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="has no part of rank"):
         nearest_product(torch.zeros(shape), min(shape) + 1)

@@ -16,7 +16,9 @@ from coldpress.errors import StepError
 from coldpress.report.page import comparison_page, run_page, write_page
 from coldpress.report.runs import Run, load_runs
 from fakes.chromium import Chromium, chromium_program
+from fakes.searches import made_up_run, made_up_search
 from report.test_page import HOSTILE, hostile
+from report.test_search import hostile_search
 
 pytestmark = [
     pytest.mark.xdist_group("tiny_run"),
@@ -30,6 +32,22 @@ WIDER_THAN_THEIR_PLACE = """
 [...document.querySelectorAll('.plot')].filter((place) =>
   [...place.querySelectorAll('svg.main-svg')].some((svg) => svg.getBoundingClientRect().width > place.clientWidth + 1)
 ).map((place) => place.id)
+"""
+TITLES_OUTSIDE = """
+[...document.querySelectorAll('#pareto, #history')].flatMap((place) => {
+  const frame = place.getBoundingClientRect();
+  return [...place.querySelectorAll('.xtitle, .ytitle')].map((title) => title.getBoundingClientRect()).filter(
+    (box) => box.left < frame.left - 1 || box.right > frame.right + 1
+      || box.top < frame.top - 1 || box.bottom > frame.bottom + 1
+  ).map(() => place.id);
+})
+"""
+LEGENDS_OVER_PLOTS = """
+[...document.querySelectorAll('#pareto, #history')].filter((place) => {
+  const legend = place.querySelector('.legend').getBoundingClientRect();
+  const points = [...place.querySelectorAll('.scatterlayer .point')];
+  return points.some((one) => one.getBoundingClientRect().top < legend.bottom - 3);
+}).map((place) => place.id)
 """
 
 
@@ -169,3 +187,41 @@ def test_without_scripts_all_figures_are_there(browser: Chromium, tiny_run: Path
         assert f"{record['steps'][0]['training']['eval_loss']:.4f}" in browser.evaluate(text)
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_search(browser: Chromium, tmp_path: Path, width: int, dark: bool) -> None:
+    page = tmp_path / "search.html"
+    write_page(page, run_page(Run("searched", tmp_path, made_up_run(made_up_search(40)), {})))
+    browser.open(page, width=width, dark=dark)
+    assert_quiet(browser, page)
+    assert drawn(browser)[-2:] == ["pareto", "history"]
+    assert browser.evaluate("document.querySelectorAll('#pareto .scatterlayer .point').length") == 22
+    assert browser.evaluate("document.querySelectorAll('#history .scatterlayer .point').length") == 40
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(WIDER_THAN_THEIR_PLACE) == []
+    assert browser.evaluate(TITLES_OUTSIDE) == [], "no title is cut off"
+    assert browser.evaluate(LEGENDS_OVER_PLOTS) == []
+    ticks = browser.evaluate("[...document.querySelectorAll('#history .xtick text')].map((one) => one.textContent)")
+    assert all(tick.isdigit() for tick in ticks)
+    assert len(ticks) == len(set(ticks))
+
+
+def test_a_search_on_paper_and_of_many_trials(browser: Chromium, tmp_path: Path) -> None:
+    page = tmp_path / "search.html"
+    write_page(page, run_page(Run("searched", tmp_path, made_up_run(made_up_search(500)), {})))
+    browser.open(page)
+    assert_quiet(browser, page)
+    assert browser.evaluate("document.querySelectorAll('#history .scatterlayer .point').length") == 500
+    browser.pdf(tmp_path / "search.pdf")
+    assert browser.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)"), "all is printed"
+
+
+def test_a_search_with_hostile_text(browser: Chromium, tmp_path: Path) -> None:
+    page = tmp_path / "search.html"
+    write_page(page, run_page(Run("searched", tmp_path, made_up_run(hostile_search()), {})))
+    browser.open(page, width=390)
+    assert_quiet(browser, page)
+    assert browser.evaluate("document.querySelectorAll('main img, main script').length") == 0
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390

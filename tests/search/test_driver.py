@@ -235,6 +235,9 @@ def test_pass_by_pass_goes_on_from_the_best_and_steps_back_when_the_goal_is_miss
         {"step0.a": 1, "step1.b": 20}, {"step0.a": 1, "step1.b": 10},
     ]  # fmt: skip
     assert result.search.winner == 5
+    assert [trial.whole for trial in result.search.trials] == [False] * 3 + [True] * 2
+    (ended,) = (event for event in events if isinstance(event, SearchFinished))
+    assert ended.feasible == 2, "of the first step alone nothing can be handed over"
     worked = [event for event in events if isinstance(event, StepFinished) and not event.cached]
     assert len(worked) == 3 + 2
     # The first step's best cannot meet this goal of the second step's result: the next best is gone on with.
@@ -317,7 +320,7 @@ def test_stopped_it_says_what_is_the_best_so_far(workflow: Any, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped after 1 trials, which are kept; best so far: trial 1 (step0.a 4" in errors
+    assert "stopped after 1 trials, which are kept; best so far: trial 1 (a 4" in errors
 
 
 def test_settings_that_make_the_same_model_are_measured_once(search: Any, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from coldpress.config.space import Dimension, Space
+from coldpress.errors import MissingExtraError
+from coldpress.search import samplers
 from coldpress.search.samplers import Sampler, make_sampler
 
 GRID = Space(
@@ -97,3 +99,14 @@ def test_tpe_finds_the_best_point_within_goals_sooner_than_chance() -> None:
     learned = statistics.median(_position_of_best("tpe", seed, told) for seed in seeds)
     chance = statistics.median(_position_of_best("random", seed, told) for seed in seeds)
     assert learned <= 16 < chance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_optuna_the_extra_is_named_before_any_work(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda _: None)
+    if name in ("sequential", "random"):
+        assert make(name, GRID).ask() is not None
+        return
+    with pytest.raises(MissingExtraError, match="needs the package optuna") as caught:
+        samplers.check_sampler(name)
+    assert "coldpress[cpu]" in (caught.value.hint or "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from coldpress.events import (
     TrialFinished,
     event_to_json,
 )
-from coldpress.units import duration, quantity, size, spread
+from coldpress.units import duration, quantity, settings_text, size, spread
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -254,21 +253,19 @@ def _text_of_search(event: Event, trials: int) -> str | None:
     if isinstance(event, TrialFinished):
         said, colour = _STATES[event.state]
         sign = click.style("best so far" if event.best else said, fg=colour, bold=event.best)
-        settings = ", ".join(f"{name.rpartition('.')[2]} {_plain(value)}" for name, value in event.settings.items())
         figures = ", ".join(f"{name} {value}" for name, value in event.figures.items())
         why = "" if event.best or not event.why else f": {event.why}"
-        took = f"  {duration(event.seconds)}" if event.seconds else ""
+        took = duration(event.seconds) if event.seconds else ""
         number = f"trial {event.number:>{len(str(trials))}d}"
-        return "  ".join(part for part in (number, settings or "as it is", f"{sign}{why}", figures + took) if part)
+        return "  ".join(
+            part for part in (number, settings_text(event.settings), f"{sign}{why}", figures, took) if part
+        )
     if isinstance(event, SearchFinished):
         some = f"{event.feasible} of {event.trials} trials meet every goal"
-        chosen = "" if event.winner is None else f"; trial {event.winner} is handed over: {event.why}"
+        why = event.why if event.feasible else event.why.removeprefix("no trial meets every goal; ")
+        chosen = "" if event.winner is None else f"; trial {event.winner} is handed over: {why}"
         return f"search  {some}{chosen} ({duration(event.seconds)})"
     return None
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _goal(event: ScoreMeasured) -> str:

@@ -7,24 +7,30 @@ from pathlib import Path
 
 from coldpress.record import RunRecord, read_run
 from coldpress.report.page import REPORT_FILE
-from coldpress.report.search import settings_text
 from coldpress.summary import Comparison, comparisons
-from coldpress.units import duration, size
+from coldpress.units import duration, settings_text, size
 
 __all__ = ["LINES", "ending"]
 
 LINES = 10
 """At most."""
+_NEAREST = 3
+"""Trials of a search that misses its goals."""
+_SETTINGS, _WHY = 76, 90
+"""Characters of a trial's settings and of a reason; the report has all."""
 
 
 def ending(record: Path) -> list[str]:
     """Before and after of every figure, proofs, training, cost, and where the files are."""
     run, _ = read_run(record)
-    below = [*_search(run), *_training(run), *_proofs(run), *_cost(run), *_warnings(run), *_places(run, record)]
+    # Where a search met no goal, what was missed and by which settings is more to the point.
+    done = [*_training(run), *_proofs(run)] if run.search is None or run.search.met else []
+    below = [*_search(run), *done, *_cost(run), *_warnings(run), *_places(run, record)]
     figures = [(row.name, _figure(row)) for row in comparisons(run) if row.after is not None]
     room = LINES - len(below)
     if len(figures) > room:
-        figures = [*figures[: room - 1], ("", f"{len(figures) - room + 1} more figures are in the report")]
+        left = len(figures) - room + 1
+        figures = [*figures[: room - 1], ("", f"{left} {'more ' if room > 1 else ''}figures are in the report")]
     lines = [*figures, *below]
     width = max(len(name) for name, _ in lines)
     return [f"{name:{width}s}  {text}" for name, text in lines]
@@ -43,8 +49,20 @@ def _search(run: RunRecord) -> Iterator[tuple[str, str]]:
     found = run.search
     if found is None or found.winner is None:
         return
-    settings = next((settings_text(one.settings) for one in found.trials if one.number == found.winner), "")
-    yield "search", f"trial {found.winner} of {len(found.trials)} ({settings or 'as it is'}): {found.why}"
+    trials = {one.number: one for one in found.trials}
+    if found.met:
+        settings = _cut(settings_text(trials[found.winner].settings), _SETTINGS)
+        yield "search", f"trial {found.winner} of {len(trials)} ({settings}): {_cut(found.why, _WHY)}"
+        return
+    yield "search", f"none of {len(trials)} trials meets every goal; trial {found.winner} is handed over; the nearest:"
+    for number in found.nearest[:_NEAREST]:
+        settings = _cut(settings_text(trials[number].settings), _SETTINGS)
+        yield "", f"trial {number} ({settings}): {_cut(trials[number].why, _WHY)}"
+
+
+def _cut(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def _training(run: RunRecord) -> Iterator[tuple[str, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,15 @@ from coldpress.config.load import LoadedConfig
 from coldpress.errors import ColdpressError, UsageError
 from coldpress.events import RunFailed
 from coldpress.goals import UNMET_EXIT_CODE
-from coldpress.units import duration, size
+from coldpress.units import duration, plain_value, settings_text, size
 
 __all__ = ["check", "load", "plan", "run", "run_and_show", "say_dialect"]
+
+
+_CHOICES = 8
+"""Of a dimension that are listed."""
+_REASONS = 5
+"""Why settings are out, that are listed."""
 
 
 def _source(config: str | None, arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -127,20 +135,82 @@ def check(config: str | None, arguments: Sequence[str]) -> None:
 @_with_config
 @_trust
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
-def plan(config: str | None, arguments: Sequence[str], trust_remote_code: bool, as_json: bool) -> None:
+def plan(config: str | None, arguments: Sequence[str], trust_remote_code: bool, as_json: bool) -> int:
     """Dry run: what would happen, what is cached, what it takes, and why it would be refused. Reads no weights."""
     from coldpress.engine.plan import check_plan, make_plan
 
     loaded = load(config, arguments)
+    if loaded.space is not None:
+        return _plan_search(loaded, trust_remote_code, as_json)
     made = make_plan(loaded, trust_remote_code=trust_remote_code)
     if as_json:
-        import json
-
         click.echo(json.dumps(_as_json(made), indent=2))
     else:
         say_dialect(loaded)
         _show(made)
     check_plan(made, to_run=False)
+    return 0
+
+
+def _plan_search(loaded: LoadedConfig, trust_remote_code: bool, as_json: bool) -> int:
+    """The plan of the first setting, and which settings the plans of all rule out."""
+    from coldpress.engine.plan import check_plan, make_plan
+    from coldpress.search.outlook import first_setting, look_ahead
+
+    first, settings = first_setting(loaded)
+    made = make_plan(first, trust_remote_code=trust_remote_code)
+    outlook = look_ahead(loaded, made)
+    if as_json:
+        click.echo(json.dumps({**_as_json(made), "search": _search_as_json(loaded, settings, outlook)}, indent=2))
+    else:
+        say_dialect(loaded)
+        _show_search(loaded, outlook)
+        click.echo(f"steps   of the first setting: {settings_text(settings)}\n")
+        _show(made)
+    left = made.refusals
+    if outlook.ruled_out < outlook.planned or outlook.unmet:  # another setting may do without what this one lacks
+        left = tuple(one for one in left if not one.path.startswith("passes."))
+    check_plan(dataclasses.replace(made, refusals=left), to_run=False)
+    return UNMET_EXIT_CODE if outlook.unmet else 0
+
+
+def _show_search(loaded: LoadedConfig, outlook: Any) -> None:
+    space, strategy = loaded.space, loaded.workflow.strategy
+    assert space is not None
+    assert strategy is not None
+    many = f"{space.size:,} setting{'s' if space.size != 1 else ''}"
+    click.echo(f"search  {strategy.sampler} over {many}, {strategy.execution_order}, at most {outlook.trials:,} trials")
+    for one in space.dimensions:
+        shown = [plain_value(choice) for choice in one.choices[:_CHOICES]]
+        more = f", … ({len(one.choices)})" if len(one.choices) > _CHOICES else ""
+        click.echo(f"space   {one.name}: {', '.join(shown)}{more}")
+    if outlook.planned:
+        of = f"{outlook.planned:,}" if outlook.planned == space.size else f"the first {outlook.planned:,}"
+        if not outlook.out:
+            click.echo(f"plans   none of {of} settings is ruled out")
+        for reason, count in list(outlook.out.items())[:_REASONS]:
+            click.echo(f"plans   {count} of {of} settings {'are' if count != 1 else 'is'} out: {reason}")
+        rest = list(outlook.out.values())[_REASONS:]
+        if rest:
+            click.echo(f"plans   {sum(rest)} more are out, for {len(rest)} other reasons")
+    if outlook.unmet:
+        click.echo(click.style("no setting can meet the goals: loosen them, or widen the space", fg="red"))
+
+
+def _search_as_json(loaded: LoadedConfig, settings: Mapping[str, Any], outlook: Any) -> dict[str, Any]:
+    space, strategy = loaded.space, loaded.workflow.strategy
+    assert space is not None
+    assert strategy is not None
+    return {
+        "sampler": strategy.sampler,
+        "execution_order": strategy.execution_order,
+        "size": space.size,
+        "trials": outlook.trials,
+        "dimensions": [{"name": one.name, "choices": list(one.choices)} for one in space.dimensions],
+        "first": dict(settings),
+        "planned": outlook.planned,
+        "out": [{"reason": reason, "settings": count} for reason, count in outlook.out.items()],
+    }
 
 
 def _show(made: Any) -> None:

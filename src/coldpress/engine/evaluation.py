@@ -69,7 +69,7 @@ class Evaluation:
             return
         self._input = _Model(INPUT, model, key)
         for metric in self._of_input():
-            known = all((self._identity(metric), sub.name) in self.baselines for sub in metric.sub_types)
+            known = all((self.identity(metric), sub.name) in self.baselines for sub in metric.sub_types)
             if not in_turn(metric) and not known:
                 found = self._found(metric, [self._input])
                 self._take(metric, self._input, *found[INPUT])
@@ -99,7 +99,7 @@ class Evaluation:
 
     def baseline(self, metric: Metric, sub_type: str) -> Score | None:
         """The input's score of this number, if it was measured."""
-        return self.baselines.get((self._identity(metric), sub_type))
+        return self.baselines.get((self.identity(metric), sub_type))
 
     def _of_input(self) -> Iterator[Metric]:
         """Metrics of the workflow's evaluator, and those of a pass's whose goals compare with the input."""
@@ -112,7 +112,7 @@ class Evaluation:
                 wanted = name == workflow.evaluator or any(
                     sub.goal is not None and is_relative(sub.goal) for sub in metric.sub_types
                 )
-                identity = self._identity(metric)
+                identity = self.identity(metric)
                 if wanted and identity not in seen:
                     seen.add(identity)
                     yield metric
@@ -149,7 +149,7 @@ class Evaluation:
     def _take(self, metric: Metric, model: _Model, found: list[Measurement], cached: bool) -> list[Score]:
         """Numbers as scores, judged by the goals of the metric; an earlier score of the same number is replaced."""
         made = []
-        identity = self._identity(metric)
+        identity = self.identity(metric)
         for one in found:
             sub = next((sub for sub in metric.sub_types if sub.name == one.sub_type), None)
             score = Score.of(model.label, metric.name, one, priority=-1 if sub is None else sub.priority, cached=cached)
@@ -197,13 +197,13 @@ class Evaluation:
                 "version": _VERSION,
                 "models": {one.label if in_turn(metric) else "model": one.key for one in models},
                 "reference": self._input.key if metric.type == "divergence" and self._input is not None else None,
-                "metric": self._identity(metric),
+                "metric": self.identity(metric),
                 "libraries": library_versions(_LIBRARIES),
                 "machine": machine,
             }
         )
 
-    def _identity(self, metric: Metric) -> str:
+    def identity(self, metric: Metric) -> str:
         """Digest of all that decides on a metric's numbers but the model: also which scores compare with each other."""
         fields = metric.model_dump(mode="json", exclude=_UNMEASURED)
         fields["sub_types"] = [{"name": sub["name"], "config": sub["metric_config"]} for sub in fields["sub_types"]]

@@ -73,7 +73,7 @@ class Places:
             return ResolvedModel(artifact=artifact, note=note)
         if not _HUB_ID.match(path):
             raise PlanError(
-                f"input_model.model_path: there is no folder {path!r}; looked in {self.looked_in(path)}",
+                f"there is no folder {path!r}; looked in {self.looked_in(path)}",
                 hint="give a folder that holds a checkpoint, or a hub id of the form org/name",
             )
         cached = _hub_snapshot(path, model.load_kwargs.revision)
@@ -154,7 +154,7 @@ def _hub_snapshot(name: str, revision: str | None) -> Path | None:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError as error:
         raise PlanError(
-            f"input_model.model_path: there is no folder {name!r} here, and no hub id looks like it: {error}",
+            f"there is no folder {name!r} here, and no hub id looks like it: {error}",
             hint="give a folder that holds a checkpoint, or a hub id of the form org/name",
         ) from error
     return Path(found).parent if isinstance(found, str) else None

@@ -108,7 +108,9 @@ class Plan:
 class _Planner:
     """Gathers refusals while it walks the workflow; `plan` returns what it found."""
 
-    def __init__(self, loaded: LoadedConfig, *, trust_remote_code: bool, hash_everything: bool) -> None:
+    def __init__(
+        self, loaded: LoadedConfig, *, trust_remote_code: bool, hash_everything: bool, store: Store | None
+    ) -> None:
         self.loaded = loaded
         self.workflow = loaded.workflow
         config_dir = loaded.path.parent.resolve() if loaded.path is not None else Path.cwd()
@@ -116,7 +118,7 @@ class _Planner:
         self.hardware = detect()
         self.consent = trust_remote_code
         self.hash_everything = hash_everything
-        self.store = Store(self.places.output(self.workflow.cache_dir))
+        self.store = store or Store(self.places.output(self.workflow.cache_dir))
         self.refusals: list[Problem] = []
         self.blockers: list[Problem] = []
         self.notes: list[str] = []
@@ -487,9 +489,19 @@ def _limits(default: Limits | None, asked: ParityLimits) -> Limits | None:
     )
 
 
-def make_plan(loaded: LoadedConfig, *, trust_remote_code: bool = False, hash_everything: bool = False) -> Plan:
-    """Resolve a workflow against this machine. Refusals are in the plan, not raised; see `check_plan`."""
-    return _Planner(loaded, trust_remote_code=trust_remote_code, hash_everything=hash_everything).plan()
+def make_plan(
+    loaded: LoadedConfig,
+    *,
+    trust_remote_code: bool = False,
+    hash_everything: bool = False,
+    store: Store | None = None,
+) -> Plan:
+    """Resolve a workflow against this machine. Refusals are in the plan, not raised; see `check_plan`.
+
+    `store`: that of an earlier plan of the same workflow, which knows what that one hashed.
+    """
+    planner = _Planner(loaded, trust_remote_code=trust_remote_code, hash_everything=hash_everything, store=store)
+    return planner.plan()
 
 
 def check_plan(plan: Plan, *, to_run: bool) -> None:

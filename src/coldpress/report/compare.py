@@ -11,7 +11,7 @@ from coldpress.report.charts import overlay_chart, score_charts
 from coldpress.report.runs import Run
 from coldpress.report.sections import Section
 from coldpress.summary import Comparison, Measured, comparisons, verdict
-from coldpress.units import duration, size
+from coldpress.units import duration, settings_text, size
 
 __all__ = ["COMPARED", "curves", "differences", "overview", "results"]
 
@@ -26,6 +26,8 @@ def overview(runs: Sequence[Run]) -> Section:
     """What each run was and came to."""
     rows = [("verdict", [verdict(run.record) for run in runs])]
     rows += [(name, [say(run) for run in runs]) for name, say in _FACTS.items()]
+    if any(run.record.search is not None for run in runs):
+        rows.append(("chosen by", [_chosen(run) for run in runs]))
     warned = [(run.name, list(dict.fromkeys(run.record.warnings))) for run in runs if run.record.warnings]
     values = {"names": [run.name for run in runs], "rows": rows, "warned": warned}
     return Section("overview", "Runs", "compare_overview.html", values)
@@ -34,6 +36,19 @@ def overview(runs: Sequence[Run]) -> Section:
 def _base(run: Run) -> str:
     base = run.record.input_model
     return _ABSENT if base is None else f"{base.name or base.model_type}, {base.precision}, {size(base.bytes)}"
+
+
+def _chosen(run: Run) -> str:
+    """Which search chose its settings."""
+    found = run.record.search
+    if found is None:
+        return _ABSENT
+    search = f"{found.sampler}, {len(found.trials)} of {found.size:,} settings"
+    winner = next((one for one in found.trials if one.number == found.winner), None)
+    if winner is None:
+        return f"{search}: none"
+    kept = "" if found.met else "; it misses a goal"
+    return f"{search}: trial {winner.number} ({settings_text(winner.settings)}){kept}"
 
 
 def _weights(run: Run) -> str:

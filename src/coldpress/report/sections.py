@@ -102,6 +102,7 @@ def search(run: Run) -> Section | None:
         "winner": None if winner is None else winner["trial"],
         "settings": "" if winner is None else winner["settings"],
         "counts": counts or "none",
+        "why": found.why[:1].upper() + found.why[1:],
         "time": duration(found.seconds),
         "nearest": [row for number in found.nearest for row in rows if row["trial"].number == number],
         "config": None if found.config is None else json.dumps(found.config, indent=2, ensure_ascii=False),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import queue
 import threading
 import time
@@ -44,15 +43,15 @@ from coldpress.events import (
 )
 from coldpress.search.gate import Room
 from coldpress.search.objectives import losses, objectives_of
+from coldpress.search.outlook import first_setting, most_trials
 from coldpress.search.recorded import figures, search_record
-from coldpress.search.samplers import make_sampler
+from coldpress.search.samplers import check_sampler, make_sampler
 from coldpress.search.trial_run import Asked, Bench, Planned, again, plan_trial, run_trial
 from coldpress.search.trials import Choice, Trial, choose, nearest
+from coldpress.units import settings_text
 
 __all__ = ["search"]
 
-_FIRST = 1000
-"""Settings to look at for one that is a config."""
 _CORES_A_TRIAL = 4
 """Fewer than these make a trial slower than it makes the search faster."""
 
@@ -61,29 +60,19 @@ def search(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_cod
     """Search the space of a workflow and hand over the best model that meets the goals.
 
     Without one that does, the nearest is handed over, and `RunResult.unmet` says what it lacks. Raises UnmetError where
-    there is no model to hand over, StepError where every trial failed, Interrupted, and ConfigError before any work.
+    there is no model to hand over, StepError where every trial failed, Interrupted, and ConfigError or
+    MissingExtraError before any work.
     """
     assert loaded.space is not None
     assert loaded.workflow.strategy is not None
-    first = _first(loaded, loaded.space)
+    check_sampler(loaded.workflow.strategy.sampler)
+    first, _ = first_setting(loaded)
     plan = complete_plan(first, trust_remote_code=trust_remote_code, any_steps=True)
     driver = _Search(loaded, plan, loaded.workflow.strategy, tuple(sinks), trust_remote_code)
     with driver.store_in_use():
         before, resolved = driver.run()
     final = complete_plan(resolved, trust_remote_code=trust_remote_code)
     return run_plan(final, tuple(sinks), before)
-
-
-def _first(loaded: LoadedConfig, space: Space) -> LoadedConfig:
-    """The first setting that is a config; raises the first one's ConfigError where none of many is."""
-    refused: ConfigError | None = None
-    for point in itertools.islice(space.points(), _FIRST):
-        try:
-            return loaded.at(point)
-        except ConfigError as error:  # noqa: PERF203
-            refused = refused or error
-    assert refused is not None
-    raise refused
 
 
 class _Stopped(Exception):
@@ -171,7 +160,9 @@ class _Search:
     def _run(self) -> tuple[Before, LoadedConfig]:
         workflow = self.loaded.workflow
         self._emit(
-            SearchStarted(workflow.workflow_id, self.strategy.sampler, self.space.size, self._budget(self.space))
+            SearchStarted(
+                workflow.workflow_id, self.strategy.sampler, self.space.size, most_trials(self.strategy, self.space)
+            )
         )
         for note in self.plan.notes:
             self._emit(Message("info", note))
@@ -233,18 +224,13 @@ class _Search:
 
     # -- trials -------------------------------------------------------------------------------------------------------
 
-    def _budget(self, space: Space) -> int:
-        """Trials of a space at most."""
-        samples = self.strategy.sampler_config.max_samples or space.size
-        return min(samples, space.size, self.strategy.max_iter or samples)
-
     def _tried(self, space: Space, prefix: Point, steps: int | None) -> Iterator[Trial]:
         """Trials of a space in the order of asking, as they are done; `prefix` is what was chosen before.
 
         Raises _Stopped at a limit of the strategy.
         """
         config = self.strategy.sampler_config
-        budget = self._budget(space)
+        budget = most_trials(self.strategy, space)
         sampler = make_sampler(
             self.strategy.sampler, space, objectives=len(self.objectives), seed=config.seed, budget=budget
         )
@@ -290,7 +276,7 @@ class _Search:
         """A trial that is to run beside the others."""
         number = len(self.trials) + running + 1
         asked = Asked(number, point, self.space.settings(point), steps)
-        planned = plan_trial(asked, self.loaded, self._bench, trust_remote_code=self.trust)
+        planned = plan_trial(asked, self.loaded, self._bench.baselines, trust_remote_code=self.trust)
         twin = None if planned.plan is None else self._twin(planned.plan.steps[-1].key)
         if twin is None:
             return planned
@@ -355,7 +341,7 @@ class _Search:
         if choice is None:
             choice = self._nearest(trials)
         record = self._record(choice)
-        feasible = sum(trial.state == "feasible" for trial in self.trials)
+        feasible = sum(trial.state == "feasible" for trial in trials)
         self._emit(SearchFinished(len(self.trials), feasible, choice.trial.number, choice.why, record.seconds))
         seconds = time.perf_counter() - self._started
         found = self.loaded.at(choice.trial.point)
@@ -368,7 +354,9 @@ class _Search:
         near = [trial for trial in nearest(trials, len(trials)) if trial.key is not None]
         if near:
             return Choice(near[0], f"no trial meets every goal; this one lacks the least: {near[0].why}")
-        listed = "".join(f"\n  trial {one.number} ({one.describe()}): {one.why}" for one in nearest(trials))
+        listed = "".join(
+            f"\n  trial {one.number} ({settings_text(one.settings)}): {one.why}" for one in nearest(trials)
+        )
         if listed:
             raise UnmetError(
                 f"no setting can meet the goals, and none was run; the nearest:{listed}",
@@ -403,7 +391,11 @@ class _Search:
 
     def _so_far(self) -> str:
         choice = self._choice()
-        best = "" if choice is None else f"; best so far: trial {choice.trial.number} ({choice.trial.describe()})"
+        best = (
+            ""
+            if choice is None
+            else f"; best so far: trial {choice.trial.number} ({settings_text(choice.trial.settings)})"
+        )
         return f"stopped after {len(self.trials)} trials, which are kept{best}"
 
 

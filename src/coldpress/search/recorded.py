@@ -49,6 +49,7 @@ def search_record(
 ) -> SearchRecord:
     """`whole`: trials of all steps, of which one may be handed over."""
     met = choice is not None and choice.trial.state == "feasible"
+    complete = {trial.number for trial in whole}
     return SearchRecord(
         execution_order=strategy.execution_order,
         sampler=strategy.sampler,
@@ -56,7 +57,7 @@ def search_record(
         space=tuple(DimensionRecord(name=one.name, choices=one.choices) for one in space.dimensions),
         size=space.size,
         objectives=tuple(_objective(one, trials) for one in objectives),
-        trials=tuple(_trial(trial) for trial in trials),
+        trials=tuple(_trial(trial, whole=trial.number in complete) for trial in trials),
         front=tuple(trial.number for trial in front(whole, objectives)),
         winner=None if choice is None else choice.trial.number,
         why="" if choice is None else choice.why,
@@ -82,7 +83,7 @@ def _objective(objective: Objective, trials: Sequence[Trial]) -> ObjectiveRecord
     )
 
 
-def _trial(trial: Trial) -> TrialRecord:
+def _trial(trial: Trial, *, whole: bool) -> TrialRecord:
     return TrialRecord(
         number=trial.number,
         settings=trial.settings,
@@ -93,4 +94,5 @@ def _trial(trial: Trial) -> TrialRecord:
         seconds=round(trial.seconds, 3),
         key=trial.key,
         same_as=trial.same_as,
+        whole=whole,
     )

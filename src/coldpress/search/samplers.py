@@ -12,6 +12,7 @@ points, so a search that was killed goes through the ones that are done again, f
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,10 @@ from typing import Any, Literal, Protocol, TypeAlias
 from coldpress.config.space import Dimension, Point, Space
 from coldpress.errors import MissingExtraError
 
-__all__ = ["Sampler", "SamplerName", "make_sampler"]
+__all__ = ["Sampler", "SamplerName", "check_sampler", "make_sampler"]
 
 SamplerName: TypeAlias = Literal["sequential", "random", "tpe", "nsga2"]
-_TRIES = 64
+_TRIES = 16
 """Proposals that may repeat a point before one is drawn from those that are left."""
 _LISTED = 100_000
 """Points up to which a space is listed to draw from what is left."""
@@ -41,8 +42,18 @@ class Sampler(Protocol):
         ...
 
 
+def check_sampler(name: SamplerName) -> None:
+    """Raise MissingExtraError where the package of a sampler is not installed."""
+    if name in ("tpe", "nsga2") and importlib.util.find_spec("optuna") is None:
+        raise MissingExtraError(
+            f"the sampler {name} needs the package optuna, which is not installed",
+            hint="pip install 'coldpress[cpu]' (or [gpu]), or take the sampler random or sequential",
+        )
+
+
 def make_sampler(name: SamplerName, space: Space, *, objectives: int, seed: int, budget: int) -> Sampler:
     """`budget`: points that will be asked for, about. Raises MissingExtraError."""
+    check_sampler(name)
     if name == "sequential":
         return _Sequential(space)
     if name == "random":
@@ -113,13 +124,8 @@ class _Random:
 
 class _Optuna:
     def __init__(self, name: str, space: Space, *, objectives: int, seed: int, budget: int) -> None:
-        try:
-            import optuna
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                f"the sampler {name} needs the package optuna, which is not installed",
-                hint="pip install 'coldpress[cpu]', or the sampler random or sequential",
-            ) from error
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._left = _Left(space, seed)

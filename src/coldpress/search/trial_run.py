@@ -16,6 +16,7 @@ from coldpress.engine.crew import Crew
 from coldpress.engine.evaluation import Baselines, Evaluation
 from coldpress.engine.plan import Plan, Step, input_artifact, make_plan
 from coldpress.engine.steps import Steps
+from coldpress.engine.store import Store
 from coldpress.errors import ColdpressError, ConfigError, Interrupted, StoreError
 from coldpress.evaluate.measure import is_cost
 from coldpress.events import Event, Sink
@@ -51,6 +52,8 @@ class Planned:
     asked: Asked
     plan: Plan | None = None
     refused: Trial | None = None
+    reason: str = ""
+    """Why it is refused, in words that it shares with others."""
 
 
 @dataclass
@@ -69,11 +72,23 @@ class Bench:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def plan_trial(asked: Asked, loaded: LoadedConfig, bench: Bench, *, trust_remote_code: bool) -> Planned:
-    """The plan of a setting; refused where it cannot work, or where its size is provably out of bounds."""
+def plan_trial(
+    asked: Asked,
+    loaded: LoadedConfig,
+    baselines: Baselines,
+    *,
+    trust_remote_code: bool,
+    hash_everything: bool = True,
+    store: Store | None = None,
+) -> Planned:
+    """The plan of a setting; refused where it cannot work, or where its size is provably out of bounds.
 
-    def out(why: str, violation: float = 0.0, **more: Any) -> Planned:
-        return Planned(asked, refused=_trial(asked, "pruned", why=why, violation=violation, **more))
+    `baselines`: scores of the input. `hash_everything` and `store` are those of `make_plan`.
+    """
+
+    def out(why: str, violation: float = 0.0, reason: str = "", **more: Any) -> Planned:
+        trial = _trial(asked, "pruned", why=why, violation=violation, **more)
+        return Planned(asked, refused=trial, reason=reason or why)
 
     try:
         resolved = loaded.at(asked.point)
@@ -82,22 +97,24 @@ def plan_trial(asked: Asked, loaded: LoadedConfig, bench: Bench, *, trust_remote
     if asked.steps is not None:
         passes = dict(list(resolved.workflow.passes.items())[: asked.steps])
         resolved = dataclasses.replace(resolved, workflow=resolved.workflow.model_copy(update={"passes": passes}))
-    plan = make_plan(resolved, trust_remote_code=trust_remote_code, hash_everything=True)
+    plan = make_plan(resolved, trust_remote_code=trust_remote_code, hash_everything=hash_everything, store=store)
     # What a training reports to a service goes to a folder of its own.
     plan = dataclasses.replace(plan, output_dir=plan.output_dir / "trials" / str(asked.number))
     problems = [*plan.refusals, *plan.blockers]
     if problems:
         return out("; ".join(one.message for one in problems))
     weights = plan.steps[-1].model_bytes
-    too_large = None if asked.steps is not None else _too_large(plan, bench.baselines)
+    too_large = None if asked.steps is not None else _too_large(plan, baselines)
     if too_large is not None:
-        why, lacks = too_large
-        return out(why, lacks, model_bytes=weights)
+        metric, allowed = too_large
+        why = f"{metric}: its weights alone are {quantity(weights, 'bytes')}, allowed are {quantity(allowed, 'bytes')}"
+        reason = f"{metric}: weights alone are over {quantity(allowed, 'bytes')}"
+        return out(why, (weights - allowed) / (abs(allowed) or 1.0), reason, model_bytes=weights)
     return Planned(asked, plan)
 
 
 def _too_large(plan: Plan, baselines: Baselines) -> tuple[str, float] | None:
-    """Why no run is needed to know that a goal of size is missed, and by which share of it."""
+    """The metric whose goal of size is missed, which needs no run to know, and the size that is allowed."""
     weights = plan.steps[-1].model_bytes
     evaluation = Evaluation(plan, _nothing, _silent, baselines=baselines)
     for metric, decides in evaluation.metrics_of(plan.steps[-1], last=True):
@@ -109,8 +126,7 @@ def _too_large(plan: Plan, baselines: Baselines) -> tuple[str, float] | None:
                 continue
             allowed = bound(sub.goal, baseline, higher_is_better=False)
             if weights > allowed:
-                why = f"{metric.name}: its weights alone are {quantity(weights, 'bytes')}, allowed are "
-                return why + quantity(allowed, "bytes"), (weights - allowed) / (abs(allowed) or 1.0)
+                return metric.name, allowed
     return None
 
 

@@ -6,7 +6,6 @@ failed (a step or a measurement ended with an error), pruned (the plan proves th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,16 +52,6 @@ class Trial:
         """Violation as the sampler is told it."""
         return self.violation if self.state in ("feasible", "infeasible") or self.violation else _UNRANKED
 
-    def describe(self, *, shortened: bool = False) -> str:
-        """Its settings in words; names shortened to their last part where that tells them apart."""
-        names = {name: name.rpartition(".")[2] for name in self.settings}
-        apart = shortened and len(set(names.values())) == len(names)
-        return ", ".join(f"{names[name] if apart else name} {_plain(value)}" for name, value in self.settings.items())
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -97,7 +86,9 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Choice |
     winner = min(left, key=lambda trial: _key(trial, objectives))
     if feasible == 1:
         return Choice(winner, "the only one that meets every goal")
-    return Choice(winner, f"of {feasible} that meet every goal {' and '.join(reasons)}")
+    if not reasons:
+        return Choice(winner, f"the first of {feasible} that meet every goal")
+    return Choice(winner, f"of {feasible} that meet every goal, {' and '.join(reasons)}")
 
 
 def _key(trial: Trial, objectives: Sequence[Objective]) -> tuple[float, ...]:
