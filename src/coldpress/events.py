@@ -196,6 +196,8 @@ class SearchFinished:
     """Number of the trial that is handed over; None where there is no model to hand over."""
     why: str
     seconds: float
+    stopped: str = ""
+    """What ended it before every setting was tried; empty where all were."""
 
 
 @dataclass(frozen=True)

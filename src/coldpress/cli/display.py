@@ -264,7 +264,8 @@ def _text_of_search(event: Event, trials: int) -> str | None:
         some = f"{event.feasible} of {event.trials} trials meet every goal"
         why = event.why if event.feasible else event.why.removeprefix("no trial meets every goal; ")
         chosen = "" if event.winner is None else f"; trial {event.winner} is handed over: {why}"
-        return f"search  {some}{chosen} ({duration(event.seconds)})"
+        ended = f"; it ended at {event.stopped}" if event.stopped else ""
+        return f"search  {some}{chosen}{ended} ({duration(event.seconds)})"
     return None
 
 

@@ -36,6 +36,8 @@ _COSTS: Mapping[str, tuple[str, str]] = {
 }
 """Objective -> type of metric and its number; `quality` is what the data can show."""
 _OBJECTIVES = (*_COSTS, "quality")
+_TIMED_SECONDS = 20
+"""For the speed of one candidate and the input in turn."""
 _TEXT = Path(__file__).resolve().parents[1] / "data" / "parity_text.txt"
 """Measured on where no data is given."""
 
@@ -148,7 +150,8 @@ def _grouped(numbers: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[
     """Metrics of the config language, each with its numbers."""
     found: dict[str, list[dict[str, Any]]] = {}
     for (kind, name), more in numbers.items():
-        found.setdefault(kind, []).append({"name": name, **more})
+        timing = {"metric_config": {"max_seconds": _TIMED_SECONDS}} if kind == "generation" else {}
+        found.setdefault(kind, []).append({"name": name, **more, **timing})
     data = {"data_config": "data"}
     return [
         {"name": kind, "type": kind, "sub_types": subs, **(data if kind in ("accuracy", "perplexity") else {})}

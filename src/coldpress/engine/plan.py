@@ -6,10 +6,7 @@ hashed for a plan: nothing can be cached for it).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +20,7 @@ from coldpress.config.schema import Accelerator, AzureMLResource, AzureMLSystem,
 from coldpress.data.sources import files_of
 from coldpress.digest import digest_files, digest_value
 from coldpress.engine.evaluators import resolve_evaluators
+from coldpress.engine.fits import fits
 from coldpress.engine.machines import together, training_hosts
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
@@ -31,7 +29,6 @@ from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
 from coldpress.systems.hosts import Host
-from coldpress.units import parse_size, size
 
 __all__ = ["Plan", "Step", "check_plan", "input_artifact", "make_plan"]
 
@@ -160,7 +157,7 @@ class _Planner:
             trust_remote_code=trust,
             notes=(),
         )
-        self._fits(plan)
+        self.notes += fits(plan, self.hardware, self.refuse)
         self.blockers.extend(self.loaded.placeholders)
         return Plan(
             **{
@@ -413,69 +410,6 @@ class _Planner:
                 "coldpress": coldpress.__version__.split("+")[0],
             }
         )
-
-    def _fits(self, plan: Plan) -> None:
-        """Compare the estimates with what the machine has."""
-        memory, whose = self.hardware.memory, "this machine has"
-        allowed = plan.accelerator.memory if plan.accelerator.device == "cpu" else None
-        if allowed is not None and parse_size(allowed) < memory:
-            memory, whose = parse_size(allowed), "the config allows"
-        for step in plan.steps:
-            if step.estimate is None:
-                continue
-            if step.estimate.ram > memory:
-                self.refuse(
-                    f"needs about {size(step.estimate.ram)} of memory, and {whose} {size(memory)}",
-                    f"passes.{step.name}",
-                    "use a smaller batch, a shorter max_seq_len or gradient_checkpointing",
-                )
-            elif step.estimate.ram > self.hardware.available:
-                self.notes.append(
-                    f"{step.name} needs about {size(step.estimate.ram)} of memory; "
-                    f"{size(self.hardware.available)} are free now"
-                )
-        for key, folder in (("cache_dir", self.store.root), ("output_dir", plan.output_dir)):
-            self._can_write(key, folder)
-        self._overlaps(plan)
-        existing = next(path for path in (self.store.root, *self.store.root.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if plan.estimate.disk > free:
-            self.refuse(
-                f"needs about {size(plan.estimate.disk)} of disk, and {size(free)} are free on {existing}",
-                "cache_dir",
-                "free some space (`coldpress cache prune`) or set cache_dir elsewhere",
-            )
-
-    def _can_write(self, key: str, folder: Path) -> None:
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir():
-            self.refuse(f"{existing} is a file, so {folder} cannot be a folder", key, "give another folder")
-        elif not os.access(existing, os.W_OK):
-            self.refuse(f"{existing} cannot be written", key, "give it write permission, or give another folder")
-
-    def _overlaps(self, plan: Plan) -> None:
-        """The model goes to output_dir/model, which is replaced as a whole: nothing of the user's may lie there."""
-        target = plan.output_dir / "model"
-        if target.is_dir() and any(target.iterdir()) and not (target / "artifact.json").is_file():
-            self.refuse(
-                f"{target} holds something that Coldpress did not write, and the model would replace it",
-                "output_dir",
-                "move it away, or give another output_dir",
-            )
-            return
-        artifact = plan.model.artifact
-        inputs = [] if artifact is None else [artifact.path, artifact.model, artifact.adapter]
-        for config in plan.data_configs.values():
-            with contextlib.suppress(DataError):  # refused already
-                inputs += files_of(config).values()
-        for place in inputs:
-            if place is not None and place.resolve().is_relative_to(target):
-                self.refuse(
-                    f"{place} is an input, and {target} is where the result replaces what is there",
-                    "output_dir",
-                    "give another output_dir",
-                )
-                return
 
 
 def _limits(default: Limits | None, asked: ParityLimits) -> Limits | None:

@@ -342,7 +342,9 @@ class _Search:
             choice = self._nearest(trials)
         record = self._record(choice)
         feasible = sum(trial.state == "feasible" for trial in trials)
-        self._emit(SearchFinished(len(self.trials), feasible, choice.trial.number, choice.why, record.seconds))
+        self._emit(
+            SearchFinished(len(self.trials), feasible, choice.trial.number, choice.why, record.seconds, self.stopped)
+        )
         seconds = time.perf_counter() - self._started
         found = self.loaded.at(choice.trial.point)
         kept = found.workflow.model_copy(update={"clean_cache": False})  # its steps are those of this search
