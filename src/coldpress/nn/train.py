@@ -151,9 +151,7 @@ def train(
     stopping = stopping or Stopping()
     checked = _checked({**arguments, "resume_from_checkpoint": None}, folder, held_out, len(sequences))
     # The ranks, if there are several, know each other from here on.
-    resume, broken = ranks.from_first(lambda: resume_point(folder, arguments.get("resume_from_checkpoint")))
-    for name in broken:
-        emit(Message("warning", f"{name} was cut short and is not used", step))
+    resume = _to_resume(folder, arguments.get("resume_from_checkpoint"), step, emit)
     watch = Watch(
         step,
         emit,
@@ -180,11 +178,7 @@ def train(
         told as reporters,
         ExitStack() as stack,
     ):
-        if loss.form == "padded" and not checked.torch_compile:
-            emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
-        if loss.own_types(model) and checked.bf16:
-            # Nothing is left for autocast to cast, and each of its casts costs time.
-            checked.bf16, checked.mixed_precision = False, "no"
+        _settled(loss, model, checked, step, emit)
         how = _tried(model, sequences, loss, batching or Batching(), autocast if checked.bf16 else None, step, emit)
         stack.enter_context(threads_for(model, sequences, checked.per_device_train_batch_size, how.tokens, step, emit))
         plain = ranks.PlainModel(model)
@@ -193,25 +187,14 @@ def train(
             trainer.add_callback(reporter)
         ranks.check_alike(form=loss.form, sequences=len(sequences), tokens=sum(len(one.ids) for one in sequences))
         ranks.draw_apart(checked.seed)
-        started, before = time.perf_counter(), watch.tokens
-        watch.begin()
-        try:
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        except TrainingError as error:
-            raise trainer.with_last_good(error, work / "last-good") from error
-        seconds = time.perf_counter() - started
-        done = int(trainer.state.global_step)
-        if watch.stopped:
-            raise Interrupted(
-                f"stopped at step {done} of {trainer.state.max_steps}",
-                hint="its checkpoint is kept: the same command goes on from there",
-            )
+        before = watch.tokens
+        seconds = _steps_made(trainer, watch, resume, work)
         trainer.finish(stopping.load_best)
         plain.restore()
-    if done == 0:
+    if not trainer.state.global_step:
         raise TrainingError("not one training step was made", hint="check num_train_epochs, max_steps and the data")
     return TrainingReport(
-        steps=done,
+        steps=int(trainer.state.global_step),
         seconds=seconds,
         tokens=watch.tokens,
         losses=tuple(watch.losses),
@@ -223,6 +206,42 @@ def train(
         fused=dict(loss.fused.counts),
         ranks=ranks.ranks(),
     )
+
+
+def _settled(loss: Any, model: Any, checked: Any, step: str, emit: Sink) -> None:
+    """What follows from how the model is asked for its loss."""
+    if loss.form == "padded" and not checked.torch_compile:
+        emit(Message("info", "this model's records cannot share a row: it is trained on padded batches", step))
+    if loss.own_types(model) and checked.bf16:
+        # Nothing is left for autocast to cast, and each of its casts costs time.
+        checked.bf16, checked.mixed_precision = False, "no"
+
+
+def _to_resume(folder: Path, asked: Any, step: str, emit: Sink) -> Path | None:
+    """The checkpoint to go on from, of all ranks; those that were cut short are named."""
+    from coldpress.nn import ranks
+
+    resume: Path | None
+    resume, broken = ranks.from_first(lambda: resume_point(folder, asked))
+    for name in broken:
+        emit(Message("warning", f"{name} was cut short and is not used", step))
+    return resume
+
+
+def _steps_made(trainer: Any, watch: Watch, resume: Path | None, work: Path) -> float:
+    """Train to the end; the seconds it took. Raises Interrupted where it was asked to stop."""
+    started = time.perf_counter()
+    watch.begin()
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except TrainingError as error:
+        raise trainer.with_last_good(error, work / "last-good") from error
+    if watch.stopped:
+        raise Interrupted(
+            f"stopped at step {int(trainer.state.global_step)} of {trainer.state.max_steps}",
+            hint="its checkpoint is kept: the same command goes on from there",
+        )
+    return time.perf_counter() - started
 
 
 def _tried(
