@@ -21,7 +21,7 @@ from coldpress.evaluate.runners import LayerwiseRunner, TorchRunner
 from coldpress.evaluate.texts import text_sequences
 from coldpress.events import Event, Message, Progress
 from coldpress.hardware import detect
-from coldpress.parity import prove
+from coldpress.parity import KeptReference, prove
 from coldpress.passes.base import Context
 from coldpress.passes.merge_adapter_weights import MERGE_LIMITS
 from fakes.tiny_models import make_checkpoint, make_tokenizer
@@ -209,3 +209,25 @@ def test_one_weight_of_one_layer_damaged_on_disk(model: Path, tmp_path: Path) ->
     weights.write_bytes(data)
     found = prove(Artifact.load(broken), Artifact.load(model), context, tokens=300)
     assert found["kl"] > 10 * MERGE_LIMITS.kl
+
+
+def test_a_reference_that_is_kept_goes_through_its_blocks_once(model: Path, tmp_path: Path) -> None:
+    def layers(reference: Path, kept: KeptReference | None) -> tuple[int, dict[str, Any]]:
+        events: list[Event] = []
+        context = Context("build", tmp_path, tmp_path, detect(), Accelerator(), {}, events.append)
+        found = prove(Artifact.load(reference), Artifact.load(other), context, tokens=256, kept=kept)
+        return sum(isinstance(event, Progress) and event.unit == "layers" for event in events), found
+
+    other = changed(model, tmp_path / "other", lambda name, value: value * 1.01)
+    mine = changed(model, tmp_path / "mine", lambda name, value: value)
+    kept = KeptReference()
+    first = layers(mine, kept)
+    second = layers(mine, kept)
+    assert (first[0], second[0]) == (4, 2)
+    assert second[1] == first[1] == layers(mine, None)[1]
+    changed(model, tmp_path / "new", lambda name, value: value * 1.2)
+    shutil.copy(tmp_path / "new" / "model.safetensors", mine / "model.safetensors")
+    third = layers(mine, kept)
+    assert third[0] == 4
+    assert third[1]["kl"] != first[1]["kl"]
+    kept.close()

@@ -66,6 +66,9 @@ def perform(job: Job, emit: Callable[[Event], None]) -> dict[str, Any]:
     if job.kind != "evaluate":
         while _RUNNERS:
             _RUNNERS.pop().close()
+    if job.kind == "pass":
+        while _REFERENCES:
+            _REFERENCES.pop().close()
     started = time.perf_counter()
     with peak:
         result = _KINDS[job.kind](job, model, context)
@@ -84,10 +87,13 @@ def _run_pass(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
 
 
 def _run_parity(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
-    from coldpress.parity import prove
+    """The reference stays open for the next proof, until a pass runs here."""
+    from coldpress.parity import KeptReference, prove
 
+    if not _REFERENCES:
+        _REFERENCES.append(KeptReference())
     reference = artifact_from_dict(job.parameters["reference"])
-    return {"parity": prove(reference, model, context, **job.parameters["text"])}
+    return {"parity": prove(reference, model, context, **job.parameters["text"], kept=_REFERENCES[0])}
 
 
 def _run_evaluate(job: Job, model: Artifact, context: Context) -> dict[str, Any]:
@@ -120,6 +126,9 @@ def _run_evaluate(job: Job, model: Artifact, context: Context) -> dict[str, Any]
 
 _RUNNERS: list[Any] = []
 """The open runners of this process, if any (`evaluate.bench.OpenRunners`)."""
+
+_REFERENCES: list[Any] = []
+"""What proofs of this process compare with, if anything (`parity.KeptReference`)."""
 
 _KINDS: dict[str, Callable[[Job, Artifact, Context], dict[str, Any]]] = {
     "pass": _run_pass,

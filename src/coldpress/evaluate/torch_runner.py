@@ -233,6 +233,8 @@ class LayerwiseRunner:
 
         self._model = LayerwiseModel(folder, tensors=tensors, adapter=adapter, trust_remote_code=trust_remote_code)
         self._on_block = on_block
+        self._last: tuple[list[list[list[int]]], list[Any]] | None = None
+        """The batches that went through the blocks at once last, and their states."""
         config = read_json(folder / "config.json")
         self.vocab_size = int(config["vocab_size"])
         limit = config.get("max_position_embeddings")
@@ -243,7 +245,10 @@ class LayerwiseRunner:
         return found
 
     def each(self, batches: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[Logits]]:
-        """`logits` of each batch, in order; the weights are read once for as many batches as `STATES_BYTES` holds."""
+        """`logits` of each batch, in order; the weights are read once for as many batches as `STATES_BYTES` holds.
+
+        The very batches that went through last are not read again: only the head is computed.
+        """
         waiting = list(batches)
         while waiting:
             held, taken = 0, 0
@@ -254,13 +259,21 @@ class LayerwiseRunner:
                 taken += 1
             now, waiting = waiting[:taken], waiting[taken:]
             ids = [_padded(batch) for batch in now]
-            states = self._model.through_blocks(ids, self._on_block)
+            states = self._through_blocks(now, ids)
             for place, batch in enumerate(now):
                 out = self._model.logits(ids[place], states[place]).numpy()
                 yield [out[row, : len(one)] for row, one in enumerate(batch)]
                 del out  # or it would stay while the next batch is computed
 
+    def _through_blocks(self, batches: Sequence[Sequence[Sequence[int]]], ids: Sequence[Any]) -> list[Any]:
+        asked = [[list(one) for one in batch] for batch in batches]
+        if self._last is None or self._last[0] != asked:
+            self._last = None  # its memory is wanted now
+            self._last = asked, list(self._model.through_blocks(ids, self._on_block))
+        return self._last[1]
+
     def close(self) -> None:
+        self._last = None
         self._model.close()
 
 
