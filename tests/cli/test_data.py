@@ -140,3 +140,28 @@ def saved(tmp_path: Path, *options: str) -> dict[str, Any]:
 def test_finetune_writes_the_data_config(tmp_path: Path, options: tuple[str, ...], block: dict[str, Any]) -> None:
     defaults = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False}
     assert saved(tmp_path, *options) == {**defaults, **block}
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "own"),
+    [
+        ("lora", "LoRA", {"r": 64, "alpha": 64, "lora_dropout": 0.05}),
+        ("qlora", "QLoRA", {"r": 64, "alpha": 64, "lora_dropout": 0.05}),
+        ("dora", "DoRA", {"r": 64, "alpha": 64, "lora_dropout": 0.05}),
+        ("loftq", "LoftQ", {"r": 64, "alpha": 64, "lora_dropout": 0.05}),
+        ("loha", "LoHa", {"r": 64, "alpha": 64}),
+        ("lokr", "LoKr", {"r": 64, "alpha": 64}),
+        ("full", "FullFinetune", {}),
+    ],
+)
+def test_each_method_is_a_pass_with_the_parameters_that_it_has(
+    tmp_path: Path, method: str, kind: str, own: dict[str, Any]
+) -> None:
+    path = tmp_path / "workflow.json"
+    shown(finetune, tmp_path / "model", "--data", tmp_path / "x.jsonl", "--method", method, "--save-config", path)
+    passes = json.loads(path.read_text())["passes"]
+    assert list(passes) == [method, *(["merge"] if method != "full" else [])]
+    assert passes[method]["type"] == kind
+    shown_own = {key: passes[method][key] for key in ("r", "alpha", "lora_dropout") if key in passes[method]}
+    assert shown_own == own
+    assert passes[method]["training_args"]["learning_rate"] == (2e-5 if method == "full" else 2e-4)

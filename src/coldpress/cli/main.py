@@ -24,7 +24,7 @@ _VERBS = {
     "migrate": ("coldpress.cli.language", "Rewrite a config of any older Olive dialect to today's."),
     "schema": ("coldpress.cli.language", "Print the JSON Schema of the config language."),
     "data": ("coldpress.cli.data", "Show prepared samples: text, token ids, which tokens carry loss."),
-    "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records (LoRA or QLoRA)."),
+    "finetune": ("coldpress.cli.verbs", "Fine-tune a model on a file of records: adapters or all weights."),
     "build": ("coldpress.cli.verbs", "Build an ONNX model for ONNX Runtime GenAI."),
     "optimize": ("coldpress.cli.optimize", "Search for the best form of a model within limits of quality and size."),
     "eval": ("coldpress.cli.evaluate", "Measure a model, or two side by side: quality, speed, memory, size."),

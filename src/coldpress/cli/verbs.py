@@ -9,8 +9,15 @@ import click
 from coldpress.cli.data_options import data_config, text_options, text_settings
 from coldpress.cli.documents import run_options, save_or_run, skeleton
 from coldpress.errors import UsageError
+from coldpress.registry import PASSES
 
 __all__ = ["build", "finetune"]
+
+_METHODS = {
+    "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "loftq": "LoftQ", "loha": "LoHa", "lokr": "LoKr",
+    "full": "FullFinetune",
+}  # fmt: skip
+"""Method -> pass."""
 
 
 def _share_or_count(text: str) -> float | int:
@@ -32,7 +39,7 @@ def _share_or_count(text: str) -> float | int:
     help="Held out of the data when there is no --eval-data: a share or a count; 0 for none.",
 )
 @text_options
-@click.option("--method", type=click.Choice(["lora", "qlora"]), default="lora", show_default=True)
+@click.option("--method", type=click.Choice(list(_METHODS)), default="lora", show_default=True)
 @click.option("-r", "--rank", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--alpha", type=float, default=None, help="Scale of the adapter; default: the rank.")
 @click.option("--dropout", type=click.FloatRange(0, 1), default=0.05, show_default=True)
@@ -41,7 +48,7 @@ def _share_or_count(text: str) -> float | int:
 @click.option("--max-steps", type=int, help="Stop after so many steps, whatever --epochs says.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True)
+@click.option("--learning-rate", type=float, help="Default: 2e-4 for adapters, 2e-5 for all weights.")
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--no-merge", is_flag=True, help="Hand over the adapter instead of a merged checkpoint.")
@@ -65,32 +72,38 @@ def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, An
     text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
     document["data_configs"] = [data_config("train_data", data, o["split"], text)]
     held_out = _share_or_count(o["eval_size"])
+    full = o["method"] == "full"
     training: dict[str, Any] = {
         "num_train_epochs": o["epochs"],
         "per_device_train_batch_size": o["batch_size"],
         "gradient_accumulation_steps": o["gradient_accumulation"],
-        "learning_rate": o["learning_rate"],
+        "learning_rate": (2e-5 if full else 2e-4) if o["learning_rate"] is None else o["learning_rate"],
         "seed": o["seed"],
     }
     if o["max_steps"] is not None:
         training["max_steps"] = o["max_steps"]
     targets = o["target_modules"]
-    lora: dict[str, Any] = {
-        "type": "QLoRA" if o["method"] == "qlora" else "LoRA",
+    adapter = {
         "r": o["rank"],
         "alpha": o["rank"] if o["alpha"] is None else o["alpha"],
         "lora_dropout": o["dropout"],
         "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+    }
+    kind = _METHODS[o["method"]]
+    known = PASSES[kind].Config.model_fields
+    step: dict[str, Any] = {
+        "type": kind,
+        **{name: value for name, value in adapter.items() if name in known},
         "train_data_config": "train_data",
         "training_args": training,
     }
     if o["eval_data"] is not None:
         document["data_configs"].append(data_config("eval_data", o["eval_data"], None, text))
-        lora["eval_data_config"] = "eval_data"
+        step["eval_data_config"] = "eval_data"
     elif held_out:
-        lora["eval_dataset_size"] = held_out
-    passes: dict[str, Any] = {o["method"]: lora}
-    if not o["no_merge"] or o["precision"]:
+        step["eval_dataset_size"] = held_out
+    passes: dict[str, Any] = {o["method"]: step}
+    if not full and (not o["no_merge"] or o["precision"]):
         passes["merge"] = {"type": "MergeAdapterWeights"}
     if o["precision"]:
         passes["build"] = {"type": "ModelBuilder", "precision": o["precision"]}
