@@ -143,7 +143,7 @@ class Evaluation:
                 self._plan.store.put_score(key, found)
         by_label = found["scores"]
         if len(models) == 1:  # a step of another name may have made the same model
-            by_label = {models[0].label: each for each in by_label.values()}
+            by_label = {models[0].label: next(iter(by_label.values()))}
         return {
             label: ([Measurement(**{**one, "details": dict(one["details"])}) for one in each], cached)
             for label, each in by_label.items()
