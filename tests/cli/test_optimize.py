@@ -72,6 +72,8 @@ def test_a_workflow_for_another_target_is_saved_and_not_run_here(phi3: Path, tmp
         (["--max-decode-latency", "0"], "--max-decode-latency"),
         (["--trials", "0"], "--trials"),
         (["--max-time", "0"], "--max-time"),
+        (["--max-time", "inf"], "--max-time"),
+        (["--max-decode-latency", "nan"], "--max-decode-latency"),
         (["--answer", "tone"], "there is no --data"),
         (["--template", "{a}"], "there is no --data"),
         (["--data", "none.jsonl"], "none.jsonl does not exist"),

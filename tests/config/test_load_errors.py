@@ -450,3 +450,20 @@ def test_accuracy_on_chats_or_unused_needs_none(today: Any, load: Callable[..., 
     del block["text_template"]
     block["chat_template"] = True
     load(today)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("input", "cannot be called input"),
+        ("../up", "no name for a step"),
+        ("/tmp/there", "no name for a step"),
+        ("..", "no name for a step"),
+        ("a\x00b", "no name for a step"),
+        ("long" * 60, "no name for a step"),
+    ],
+)
+def test_names_of_steps(name: str, message: str, today: Any, problems_of: Problems) -> None:
+    today["passes"] = {name: today["passes"]["ft"]}
+    (problem,) = problems_of(today)
+    assert message in problem.message

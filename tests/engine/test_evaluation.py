@@ -136,6 +136,14 @@ def test_what_changes_a_number_is_measured_anew(run: Any, project: Path) -> None
     rows.write_text(text)
 
 
+def test_a_step_that_was_renamed_keeps_its_scores(run: Any) -> None:
+    before, _ = run(ACCURACY, evaluate_input_model=False)
+    build = {"type": "ModelBuilder", "precision": "fp32", "parity": {"enabled": False}}
+    after, _ = run(ACCURACY, evaluate_input_model=False, passes={"other": build})
+    assert values(after) == {("other", "accuracy_score"): values(before)["build", "accuracy_score"]}
+    assert after.scores[0].cached
+
+
 def test_costs_are_measured_in_turn(run: Any) -> None:
     latency = metric("latency", {"name": "avg", "metric_config": QUICK}, prompt_tokens=12)
     result, events = run(latency)

@@ -36,6 +36,14 @@ def test_a_committed_step_describes_itself(store: Store, phi3: Path) -> None:
     assert not list((store.root / "partial").iterdir())
 
 
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"scores": {}}', '{"scores": '])
+def test_a_score_that_makes_no_sense_is_absent(store: Store, text: str) -> None:
+    store.put_score("k", {"scores": {"model": []}})
+    assert store.score("k") is not None
+    (store.root / "scores" / "k.json").write_text(text)
+    assert store.score("k") is None
+
+
 def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"one")

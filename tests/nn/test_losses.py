@@ -165,6 +165,17 @@ def test_a_whole_layer_drops_what_its_parts_drop(name: str, monkeypatch: pytest.
         assert (whole_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
 
 
+def test_a_step_without_loss_has_the_loss_0() -> None:
+    model = adapted("llama-gqa")
+    with loss_of(model, records(80), autocast=None) as loss:
+        assert "decoder layer" in loss.fused.counts
+        (micro,) = cut_step([(0, TokenSequence([5, 6, 7], [IGNORED] * 3))], form=loss.form, tokens=96).micro
+        one = loss(model, micro)
+        one.backward()
+        assert float(one.detach()) == 0
+    assert all(float(gradient.norm()) == 0 for gradient in gradients(model).values())
+
+
 def test_random_masks() -> None:
     """As many are dropped as the rate says, and what stays is itself."""
     x = torch.ones(1000, 1001, dtype=torch.bfloat16)

@@ -211,6 +211,22 @@ def test_limits_end_a_search(search: Any) -> None:
     assert result.search.stopped == "max_time: 1.5 s"
 
 
+@pytest.mark.parametrize("sampler", ["sequential", "random", "tpe"])
+def test_a_large_space_of_which_nothing_can_run(search: Any, monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+    monkeypatch.setattr("coldpress.search.driver._IN_VAIN", 5, raising=False)
+    step = {"a": list(range(30)), "b": list(range(30)), "behave": "refuse"}
+    with pytest.raises(ConfigError, match="this pass refuses"):
+        search([step], custom("loss", priority=1), sampler=sampler, sampler_config={"max_samples": 2})
+    record = json.loads(Path("output/failed.json").read_text())
+    assert len(record["search"]["trials"]) == 5
+    assert record["search"]["stopped"] == "5 settings one after the other that need no run"
+
+
+def test_a_limit_before_the_first_trial(search: Any) -> None:
+    with pytest.raises(StepError, match=r"no trial was begun before the limit of the search \(max_time: 1e-06 s\)"):
+        search([{"a": [1, 2]}], custom("loss", priority=1), max_time=1e-6)
+
+
 def test_a_space_of_one_and_more_samples_than_settings(search: Any) -> None:
     result, _ = search([{"a": 2}], custom("loss", priority=1))
     assert (result.search.size, trials(result)) == (1, [("feasible", {})])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,13 @@ _TEXT = Path(__file__).resolve().parents[1] / "data" / "parity_text.txt"
 """Measured on where no data is given."""
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """`inf` and `nan` are floats too."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number that anything can be held against")
+    return value
+
+
 @click.command()
 @click.argument("model")
 @click.option("--target", default="cpu", show_default=True, help=f"What it must run on: {', '.join(_TARGETS)}.")
@@ -54,11 +62,12 @@ _TEXT = Path(__file__).resolve().parents[1] / "data" / "parity_text.txt"
 @click.option("--max-size", metavar="SIZE", help="Of the model's files: 600MB, 1.5GB.")
 @click.option("--max-memory", metavar="SIZE", help="Highest resident memory while it answers.")
 @click.option("--max-decode-latency", metavar="MS", type=click.FloatRange(0, min_open=True),
-              help="Milliseconds for each new token, median.")  # fmt: skip
+              callback=_finite, help="Milliseconds for each new token, median.")  # fmt: skip
 @click.option("--objective", "objectives", multiple=True, metavar="NAME",
               help=f"What to make best, the first weighs most: {', '.join(_OBJECTIVES)}.")  # fmt: skip
 @click.option("--trials", type=click.IntRange(1), default=16, show_default=True, help="Settings that are measured.")
-@click.option("--max-time", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="No trial begins later.")
+@click.option("--max-time", type=click.FloatRange(0, min_open=True), metavar="MINUTES", callback=_finite,
+              help="No trial begins later.")  # fmt: skip
 @click.option("--seed", type=int, default=1, show_default=True)
 @run_options
 def optimize(model: str, **options: Any) -> int:

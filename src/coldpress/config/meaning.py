@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 
 from coldpress.config.metric_meaning import check_metrics
@@ -11,9 +12,12 @@ from coldpress.errors import Problem
 
 __all__ = ["check_meaning"]
 
+_LONGEST = 200
+"""Bytes of a step's name; file systems take 255, and something is put around it."""
+
 
 def check_meaning(root: Node) -> list[Problem]:
-    """Contradictions between the keys of a data config. Values of a wrong type are left to the check of types."""
+    """Contradictions between keys, and names that cannot be. Values of a wrong type are left to the check of types."""
     problems: list[Problem] = []
     data = root.get("data_configs")
     for config in (data.items if data is not None else None) or []:
@@ -22,7 +26,21 @@ def check_meaning(root: Node) -> list[Problem]:
             problems += _strategy(block)
             problems += _text(block)
             problems += _padding(block)
-    return problems + check_metrics(root)
+    return problems + _step_names(root) + check_metrics(root)
+
+
+def _step_names(root: Node) -> list[Problem]:
+    """A step's name stands beside `input` in tables of scores, and is the name of a folder of logs."""
+    passes = root.get("passes")
+    problems = []
+    for name, node in ((passes.mapping if passes is not None else None) or {}).items():
+        if name == "input":
+            message = "a step cannot be called input: that is what the input model is called beside its results"
+            problems.append(problem_at(node, message, hint="give it another name"))
+        elif name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or len(name.encode()) > _LONGEST:
+            message = f"{name[:40]!r} is no name for a step: folders are called by it"
+            problems.append(problem_at(node, message, hint="use letters, digits, _ and -"))
+    return problems
 
 
 def _value(block: Node, key: str) -> object:

@@ -141,9 +141,12 @@ class Evaluation:
             found = {"scores": result["scores"], "seconds": result["seconds"], "peak_bytes": result["peak_bytes"]}
             if key is not None:
                 self._plan.store.put_score(key, found)
+        by_label = found["scores"]
+        if len(models) == 1:  # a step of another name may have made the same model
+            by_label = {models[0].label: next(iter(by_label.values()))}
         return {
             label: ([Measurement(**{**one, "details": dict(one["details"])}) for one in each], cached)
-            for label, each in found["scores"].items()
+            for label, each in by_label.items()
         }
 
     def _take(self, metric: Metric, model: _Model, found: list[Measurement], cached: bool) -> list[Score]:

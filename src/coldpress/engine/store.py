@@ -253,13 +253,13 @@ class Store:
         return Entry(key, target, full)
 
     def score(self, key: str) -> dict[str, Any] | None:
-        """A finished evaluation."""
+        """A finished evaluation; one that makes no sense counts as absent."""
         path = self.root / "scores" / f"{key}.json"
         try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return value
+        return value if isinstance(value, dict) and value.get("scores") else None
 
     def put_score(self, key: str, value: Mapping[str, Any]) -> None:
         with disk_errors(self.root):

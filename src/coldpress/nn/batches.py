@@ -153,8 +153,8 @@ def _packed(records: Sequence[_Record], pad_id: int, apart: int | None) -> Micro
     inputs = {
         "input_ids": torch.tensor([ids]),
         "position_ids": segments.positions,
-        "loss_rows": torch.tensor(rows),
-        "loss_targets": torch.tensor(targets),
+        "loss_rows": torch.tensor(rows, dtype=torch.long),
+        "loss_targets": torch.tensor(targets, dtype=torch.long),
     }
     return MicroBatch(inputs, segments, len(rows), tokens)
 

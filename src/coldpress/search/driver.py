@@ -75,6 +75,11 @@ def search(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_cod
     return run_plan(final, tuple(sinks), before)
 
 
+_IN_VAIN = 1000
+"""Settings in a row that are refused, or are models that are there, after which no further ones are looked at: in a
+large space that would not end."""
+
+
 class _Stopped(Exception):
     """A limit of the search is reached: why."""
 
@@ -236,7 +241,7 @@ class _Search:
         )
         running: deque[tuple[Point, Future[Trial]]] = deque()
         samples = config.max_samples or space.size
-        run = 0
+        run = in_vain = 0
         exhausted = False
         try:
             while True:
@@ -258,6 +263,9 @@ class _Search:
                 yield trial
                 if self.strategy.stop_when_goals_met and steps is None and trial.state == "feasible":
                     raise _Stopped("a trial met every goal")
+                in_vain = in_vain + 1 if trial.state == "pruned" or trial.same_as is not None else 0
+                if in_vain >= _IN_VAIN:
+                    raise _Stopped(f"{in_vain} settings one after the other that need no run")
         finally:
             for _, future in running:
                 future.cancel()  # those under way end with their processes
@@ -363,6 +371,11 @@ class _Search:
             raise UnmetError(
                 f"no setting can meet the goals, and none was run; the nearest:{listed}",
                 hint="loosen the goal, or widen the space",
+            )
+        if not self.trials:
+            raise StepError(
+                f"no trial was begun before the limit of the search ({self.stopped})",
+                hint="raise it: measuring the input model counts too",
             )
         reasons: dict[str, list[int]] = {}
         for trial in trials or self.trials:
