@@ -103,7 +103,7 @@ def test_a_model_that_is_not_there_and_one_that_writes_nothing(tmp_path: Path) -
     make_encoder(tmp_path / "encoder")
     done = coldpress("optimize", "./encoder", cwd=tmp_path)
     assert done.returncode == 2
-    assert "the model is an encoder (BertModel) and writes nothing" in done.stderr
+    assert "./encoder is no decoder that generates text (BertModel)" in done.stderr
 
 
 def test_limits_that_nothing_can_keep_to(phi3: Path, tmp_path: Path) -> None:

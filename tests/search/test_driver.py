@@ -336,7 +336,7 @@ def test_stopped_it_says_what_is_the_best_so_far(workflow: Any, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped after 1 trials, which are kept; best so far: trial 1 (a 4" in errors
+    assert "stopped after 1 trial, kept in the cache; best so far: trial 1 (a 4" in errors
 
 
 def test_settings_that_make_the_same_model_are_measured_once(search: Any, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _document(model: str, o: Mapping[str, Any]) -> dict[str, Any]:
         close = nearest(target, _TARGETS)
         hint = f"did you mean {close}?" if close else f"targets: {', '.join(_TARGETS)}"
         raise UsageError(f"there is no target called {o['target']!r}", hint=hint)
+    _refuse(model)
     document = skeleton(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], *_TARGETS[target])
     if o["adapter"] is not None:
         document["input_model"]["adapter_path"] = o["adapter"]
@@ -102,6 +103,26 @@ def _document(model: str, o: Mapping[str, Any]) -> dict[str, Any]:
         strategy["max_time"] = 60 * o["max_time"]
     document["search_strategy"] = strategy
     return document
+
+
+def _refuse(model: str) -> None:
+    """Say at once what has no form to choose: whatever ModelBuilder does not build. A hub id is looked at later."""
+    from coldpress.artifacts.base import Artifact
+    from coldpress.artifacts.classifiers import is_classifier
+    from coldpress.evaluate.encoders import is_encoder
+
+    if not Path(model).is_dir():
+        return
+    found = Artifact.load(Path(model))
+    if found.kind == "onnx":
+        raise UsageError(f"{model} is an ONNX model already", hint="give the checkpoint that it was built from")
+    config = found.describe().config
+    if is_encoder(config) or is_classifier(config):
+        kind = next(iter(config.get("architectures") or ["an encoder"]))
+        raise UsageError(
+            f"{model} is no decoder that generates text ({kind}), and ModelBuilder builds only those",
+            hint="`coldpress eval` measures it as it is",
+        )
 
 
 def _alternatives(target: str) -> list[dict[str, Any]]:

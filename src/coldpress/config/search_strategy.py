@@ -40,5 +40,5 @@ class SearchStrategy(Frozen):
     include_pass_params: bool = True
     """Search the parameters that a pass has candidates for and the file does not give, as Olive does; false searches
     only what the file lists."""
-    max_concurrent_trials: int | None = Field(default=None, ge=1)
+    max_concurrent_trials: int | None = Field(default=None, ge=1, le=64)
     """Trials at the same time, at most; null: as many as memory and cores allow."""

@@ -45,7 +45,7 @@ class Steps:
     def locked(self, step: Step) -> AbstractContextManager[None]:
         """Hold a step's key; say so when another run holds it."""
         assert step.key is not None
-        waiting = "another run is making this step; waiting for it"
+        waiting = "it is being made already, by another run or trial; waiting for it"
         return self.plan.store.lock(step.key, lambda: self._say(waiting, step.name))
 
     def forget(self) -> None:

@@ -148,6 +148,9 @@ class _Search:
             return self._run()
         except Interrupted:
             raise
+        except StoreError as error:
+            self._failed(error)
+            raise type(error)(f"{error.message}; {self._so_far()}", hint=error.hint) from error
         except ColdpressError as error:
             self._failed(error)
             raise
@@ -411,7 +414,13 @@ class _Search:
             if choice is None
             else f"; best so far: trial {choice.trial.number} ({settings_text(choice.trial.settings)})"
         )
-        return f"stopped after {len(self.trials)} trials, which are kept{best}"
+        count = len(self.trials)
+        kept = (
+            "before the first trial was done"
+            if not count
+            else f"after {count} trial{'s' * (count > 1)}, kept in the cache"
+        )
+        return f"stopped {kept}{best}"
 
 
 _under_way = threading.local()
