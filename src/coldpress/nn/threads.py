@@ -41,7 +41,7 @@ def threads_for(
     threads = max(1, min(before, int(numbers // WORK)))
     if threads < before:
         said = f"{threads} of {before} CPU threads: a layer's {numbers / 1e3:.0f} thousand numbers are too few for more"
-        emit(Message("info", said, step))
+        emit(Message("info", f"{said} (alone on the machine? docs/training.md)", step))
     torch.set_num_threads(threads)
     try:
         yield
