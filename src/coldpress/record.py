@@ -16,31 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from coldpress.errors import StoreError
 
 __all__ = [
-    "FAILED_FILE",
-    "RECORD_FILE",
-    "DataRecord",
-    "DimensionRecord",
-    "ErrorRecord",
-    "GoalRecord",
-    "GpuRecord",
-    "HardwareRecord",
-    "ModelRecord",
-    "ObjectiveRecord",
-    "OutputRecord",
-    "ParityRecord",
-    "RunRecord",
-    "ScoreRecord",
-    "SearchRecord",
-    "StepRecord",
-    "TrainedRecord",
-    "TrainingRecord",
-    "TrainingSummary",
-    "TrialRecord",
-    "read_run",
-    "read_training",
-    "record_json_schema",
-    "to_json",
-]
+    "FAILED_FILE", "RECORD_FILE", "DataRecord", "DimensionRecord", "ErrorRecord", "GoalRecord", "GpuRecord",
+    "HardwareRecord", "ModelRecord", "ObjectiveRecord", "OutputRecord", "ParityRecord", "RunRecord",
+    "ScoreRecord", "SearchRecord", "StepRecord", "TrainedRecord", "TrainingRecord", "TrainingSummary",
+    "TrialRecord", "read_run", "read_training", "record_json_schema", "to_json",
+]  # fmt: skip
 
 RECORD_FILE = "run.json"
 FAILED_FILE = "failed.json"

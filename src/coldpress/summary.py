@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from coldpress.record import ParityRecord, RunRecord, ScoreRecord, StepRecord
 from coldpress.units import quantity, spread
 
-__all__ = ["Comparison", "Measured", "comparisons", "models_of", "parity_text", "score_name", "verdict"]
+__all__ = [
+    "SURE",
+    "Comparison",
+    "Measured",
+    "comparisons",
+    "models_of",
+    "number_name",
+    "parity_text",
+    "score_name",
+    "verdict",
+]
 
 INPUT = "input"
 SURE = 2.0
@@ -74,11 +84,14 @@ class Comparison:
         return "better" if (difference > 0) == self.higher_is_better else "worse"
 
 
+def number_name(metric: str, sub_type: str) -> str:
+    """As people call a number: the metric, and the sub type where that says more."""
+    return metric if sub_type in ("", metric, "accuracy_score") else f"{metric}: {sub_type}"
+
+
 def score_name(score: ScoreRecord) -> str:
-    """As people call it: the metric, and the sub type where that says more."""
-    if score.sub_type in ("", score.metric, "accuracy_score"):
-        return score.metric
-    return f"{score.metric}: {score.sub_type}"
+    """The name of a score's number."""
+    return number_name(score.metric, score.sub_type)
 
 
 def comparisons(record: RunRecord) -> list[Comparison]:

@@ -39,7 +39,7 @@ def dropped_out(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     """x where the mask says so, else 0. Not divided by 1 - p: that goes into the scale of the adapter."""
     if kept is None:
         return x
-    # On the bits of the numbers: a product of two types takes ten times as long on a CPU.
+    # On the bits of the numbers: a product of two types takes much longer on a CPU.
     bits = _BITS[x.element_size()]
     return (x.view(bits) & kept.to(bits)).view(x.dtype)
 

@@ -1,6 +1,6 @@
 """How many CPU threads a training's kernels are divided among: no more than their work is worth.
 
-A kernel that is divided waits for its slowest thread, and a thread that sleeps takes about 50 us to come. For a small
+A kernel that is divided waits for its slowest thread, and a thread that sleeps takes its time to come. For a small
 model on short rows that is more than the other half of a kernel takes; beside other work on the machine, far more. The
 choice depends on the model, the data and the machine's threads alone, so a resumed training makes the same one.
 """

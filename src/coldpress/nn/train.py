@@ -163,14 +163,9 @@ def train(
     if resume is not None:
         watch.resume(resume)
     autocast = _autocast_type(model, checked)
-    told = reporting(
-        arguments.get("report_to") if checked.process_index == 0 else None,
-        step=step,
-        logs=logs or work / "logs",
-        work=work,
-        resumed_at=watch.resumed_from,
-        emit=emit,
-    )
+    services = arguments.get("report_to") if checked.process_index == 0 else None
+    resumed, kept = watch.resumed_from, logs or work / "logs"
+    told = reporting(services, step=step, logs=kept, work=work, resumed_at=resumed, emit=emit)
     with (
         _stop_signals(watch),
         imports.quiet_renames(),

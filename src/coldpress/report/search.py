@@ -8,7 +8,8 @@ from typing import Any
 
 from coldpress.record import ObjectiveRecord, ScoreRecord, SearchRecord, TrialRecord
 from coldpress.report.charts import COLOURS, Chart, plain
-from coldpress.units import duration, plain_value, quantity, settings_text, spread
+from coldpress.summary import Measured, number_name, score_name
+from coldpress.units import duration, plain_value, settings_text
 
 __all__ = ["history_chart", "pareto_chart", "trial_rows"]
 
@@ -58,7 +59,7 @@ def _score(scores: Sequence[ScoreRecord], axis: _Axis) -> ScoreRecord | None:
 
 
 def _name(axis: _Axis) -> str:
-    return axis[0] if axis[1] in ("", axis[0], "accuracy_score") else f"{axis[0]}: {axis[1]}"
+    return number_name(axis[0], axis[1])
 
 
 def _better(axis: _Axis) -> str:
@@ -66,13 +67,13 @@ def _better(axis: _Axis) -> str:
 
 
 def _figure(score: ScoreRecord) -> str:
-    return f"{quantity(score.value, score.unit)} {spread(score.standard_error, score.unit)}".rstrip()
+    return Measured(score.value, score.standard_error).text(score.unit)
 
 
 def _hover(trial: TrialRecord) -> str:
     lines = [f"trial {trial.number}: {_state(trial)}"]
     lines += [f"{name} {plain_value(one)}" for name, one in trial.settings.items()]
-    lines += [f"{_name((one.metric, one.sub_type, '', False))}: {_figure(one)}" for one in trial.scores]
+    lines += [f"{score_name(one)}: {_figure(one)}" for one in trial.scores]
     return "<br>".join(plain(line) for line in lines)
 
 
@@ -244,7 +245,7 @@ def trial_rows(search: SearchRecord) -> list[dict[str, Any]]:
             "trial": trial,
             "settings": settings_text(trial.settings),
             "state": _state(trial),
-            "figures": "; ".join(f"{_name((s.metric, s.sub_type, '', False))} {_figure(s)}" for s in trial.scores),
+            "figures": "; ".join(f"{score_name(s)} {_figure(s)}" for s in trial.scores),
             "time": duration(trial.seconds) if trial.seconds else "",
             "front": trial.number in search.front and len(search.objectives) > 1,
             "winner": trial.number == search.winner,

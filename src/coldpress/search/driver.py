@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 from coldpress.config.load import LoadedConfig
@@ -41,6 +40,7 @@ from coldpress.events import (
     TrialFinished,
     TrialStarted,
 )
+from coldpress.record import SearchRecord
 from coldpress.search.gate import Room
 from coldpress.search.objectives import losses, objectives_of
 from coldpress.search.outlook import first_setting, most_trials
@@ -69,7 +69,7 @@ def search(loaded: LoadedConfig, *, sinks: Iterable[Sink] = (), trust_remote_cod
     first, _ = first_setting(loaded)
     plan = complete_plan(first, trust_remote_code=trust_remote_code, any_steps=True)
     driver = _Search(loaded, plan, loaded.workflow.strategy, tuple(sinks), trust_remote_code)
-    with driver.store_in_use():
+    with plan.store.in_use():  # nobody prunes it for as long
         before, resolved = driver.run()
     final = complete_plan(resolved, trust_remote_code=trust_remote_code)
     return run_plan(final, tuple(sinks), before)
@@ -114,12 +114,6 @@ class _Search:
     def _crew(self, name: str, threads: int | None) -> Crew:
         workflow = self.loaded.workflow.workflow_id
         return Crew(f"{workflow}-{name}", self.plan.store.root / "logs", self._emit, threads=threads)
-
-    @contextmanager
-    def store_in_use(self) -> Iterator[None]:
-        """Nobody prunes the store for as long."""
-        with self.plan.store.in_use():
-            yield
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -203,11 +197,10 @@ class _Search:
             pass
 
     def _pass_by_pass(self) -> None:
-        levels = [step for step in self.space.steps if self.space.of_step(step).dimensions]
-        if not levels:
-            self._joint()
+        if self.space.steps:
+            self._descend(list(self.space.steps), {})
         else:
-            self._descend(levels, {})
+            self._joint()
 
     def _descend(self, levels: list[str], prefix: Point) -> bool:
         """Try one step's settings on what was chosen before it, and go on from the best; whether the goals were met."""
@@ -337,11 +330,8 @@ class _Search:
 
     def _whole(self) -> list[Trial]:
         """Trials of the whole workflow: of a part of its steps nothing can be handed over."""
-        every = {step for step in self.space.steps if self.space.of_step(step).dimensions}
-        return [one for one in self.trials if self._complete(one.point, every)]
-
-    def _complete(self, point: Point, steps: set[str]) -> bool:
-        return {dimension.step for dimension in self.space.dimensions if dimension.name in point} >= steps
+        step_of = {dimension.name: dimension.step for dimension in self.space.dimensions}
+        return [one for one in self.trials if {step_of[name] for name in one.point} == set(self.space.steps)]
 
     def _choice(self) -> Choice | None:
         return choose(self._whole(), self.objectives)
@@ -392,7 +382,7 @@ class _Search:
             hint="`coldpress plan` and a run with search_strategy: false show more of one setting",
         )
 
-    def _record(self, choice: Choice | None) -> Any:
+    def _record(self, choice: Choice | None) -> SearchRecord:
         return search_record(
             self.loaded, self.space, self.strategy, self.trials, self._whole(), self.objectives, choice,
             bench=self._bench, seconds=time.perf_counter() - self._started, stopped=self.stopped,

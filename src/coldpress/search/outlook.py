@@ -15,13 +15,12 @@ from typing import Any
 from coldpress.config.load import LoadedConfig
 from coldpress.config.search_strategy import SearchStrategy
 from coldpress.config.space import Space
-from coldpress.engine.evaluation import INPUT, Baselines, Evaluation
+from coldpress.engine.evaluation import INPUT, Baselines
 from coldpress.engine.plan import Plan, input_artifact
 from coldpress.errors import CheckpointError, ConfigError
 from coldpress.evaluate.size import files_to_run
-from coldpress.events import Event
 from coldpress.scores import Measurement, Score
-from coldpress.search.trial_run import Asked, plan_trial
+from coldpress.search.trial_run import Asked, plan_trial, unmeasured
 
 __all__ = ["Outlook", "first_setting", "look_ahead", "most_trials"]
 
@@ -101,7 +100,7 @@ def _sizes(plan: Plan) -> Baselines:
     except CheckpointError:  # refused by the plan
         return {}
     total = float(sum(path.stat().st_size for path in files))
-    evaluation = Evaluation(plan, _nothing, _silent)
+    evaluation = unmeasured(plan, {})
     return {
         (evaluation.identity(metric), sub.name): Score.of(
             INPUT,
@@ -115,11 +114,3 @@ def _sizes(plan: Plan) -> Baselines:
         if metric.type == "size_on_disk"
         for sub in metric.sub_types
     }
-
-
-def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
-    raise AssertionError("a plan measures nothing")
-
-
-def _silent(event: Event) -> None:
-    """Nobody listens."""

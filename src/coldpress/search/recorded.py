@@ -13,7 +13,7 @@ from coldpress.scores import Score
 from coldpress.search.objectives import Objective
 from coldpress.search.trial_run import Bench
 from coldpress.search.trials import Choice, Trial, front, nearest
-from coldpress.units import quantity, spread
+from coldpress.summary import Measured
 
 __all__ = ["figures", "search_record"]
 
@@ -28,10 +28,7 @@ def figures(trial: Trial, objectives: Sequence[Objective]) -> Mapping[str, str]:
     for score in trial.scores:
         if score.goal is not None:
             wanted.setdefault(str(Objective(score.metric, score.sub_type, 0)), score)
-    return {
-        name: f"{quantity(score.value, score.unit)} {spread(score.standard_error, score.unit)}".rstrip()
-        for name, score in wanted.items()
-    }
+    return {name: Measured(score.value, score.standard_error).text(score.unit) for name, score in wanted.items()}
 
 
 def search_record(

@@ -19,15 +19,15 @@ from coldpress.engine.steps import Steps
 from coldpress.engine.store import Store
 from coldpress.errors import ColdpressError, ConfigError, Interrupted, StoreError
 from coldpress.evaluate.measure import is_cost
-from coldpress.events import Event, Sink
+from coldpress.events import Sink
 from coldpress.goals import bound
 from coldpress.scores import Score
 from coldpress.search.gate import Gate
-from coldpress.search.objectives import dearness, missed
+from coldpress.search.objectives import Objective, dearness, missed
 from coldpress.search.trials import Trial, total_violation
 from coldpress.units import quantity
 
-__all__ = ["Asked", "Bench", "Planned", "again", "plan_trial", "run_trial"]
+__all__ = ["Asked", "Bench", "Planned", "again", "plan_trial", "run_trial", "unmeasured"]
 
 _ENDS_ALL = (Interrupted, StoreError)
 """Errors that are not the trial's: the next one would end the same way."""
@@ -86,8 +86,8 @@ def plan_trial(
     `baselines`: scores of the input. `hash_everything` and `store` are those of `make_plan`.
     """
 
-    def out(why: str, violation: float = 0.0, reason: str = "", **more: Any) -> Planned:
-        trial = _trial(asked, "pruned", why=why, violation=violation, **more)
+    def out(why: str, violation: float = 0.0, reason: str = "") -> Planned:
+        trial = _trial(asked, "pruned", why=why, violation=violation)
         return Planned(asked, refused=trial, reason=reason or why)
 
     try:
@@ -109,14 +109,14 @@ def plan_trial(
         metric, allowed = too_large
         why = f"{metric}: its weights alone are {quantity(weights, 'bytes')}, allowed are {quantity(allowed, 'bytes')}"
         reason = f"{metric}: weights alone are over {quantity(allowed, 'bytes')}"
-        return out(why, (weights - allowed) / (abs(allowed) or 1.0), reason, model_bytes=weights)
+        return out(why, (weights - allowed) / (abs(allowed) or 1.0), reason)
     return Planned(asked, plan)
 
 
 def _too_large(plan: Plan, baselines: Baselines) -> tuple[str, float] | None:
     """The metric whose goal of size is missed, which needs no run to know, and the size that is allowed."""
     weights = plan.steps[-1].model_bytes
-    evaluation = Evaluation(plan, _nothing, _silent, baselines=baselines)
+    evaluation = unmeasured(plan, baselines)
     for metric, decides in evaluation.metrics_of(plan.steps[-1], last=True):
         if metric.type != "size_on_disk" or not decides:
             continue
@@ -130,12 +130,13 @@ def _too_large(plan: Plan, baselines: Baselines) -> tuple[str, float] | None:
     return None
 
 
-def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
-    raise AssertionError("a plan measures nothing")
+def unmeasured(plan: Plan, baselines: Baselines) -> Evaluation:
+    """What a plan says of its measurements, for those who ask before anything can be measured."""
 
+    def nothing(*_: Any, **__: Any) -> dict[str, Any]:
+        raise AssertionError("a plan measures nothing")
 
-def _silent(event: Event) -> None:
-    """Nobody listens."""
+    return Evaluation(plan, nothing, lambda event: None, baselines=baselines)
 
 
 def again(twin: Trial, asked: Asked) -> Trial:
@@ -170,7 +171,6 @@ def run_trial(asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> Trial:
         scores=tuple(run.scores),
         key=run.key,
         seconds=time.perf_counter() - started,
-        model_bytes=plan.steps[-1].model_bytes,
     )
 
 
@@ -263,7 +263,7 @@ def _first_line(error: ColdpressError) -> str:
 def _said(score: Score) -> str:
     """A goal that is missed, in words."""
     assert score.goal is not None
-    name = score.metric if score.sub_type in ("", score.metric) else f"{score.metric} {score.sub_type}"
+    name = Objective(score.metric, score.sub_type, 0)
     least = "at least" if score.higher_is_better else "at most"
     sure = "" if score.goal.sure else ", within two standard errors"
     return f"{name} {quantity(score.value, score.unit)}, wanted {least} {quantity(score.goal.bound, score.unit)}{sure}"

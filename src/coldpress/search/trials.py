@@ -13,13 +13,12 @@ from typing import Any, Literal, TypeAlias
 
 from coldpress.scores import Score
 from coldpress.search.objectives import Objective, loss, losses, missed, violation
+from coldpress.summary import SURE
 from coldpress.units import quantity
 
 __all__ = ["Choice", "State", "Trial", "choose", "dominates", "front", "nearest", "total_violation"]
 
 State: TypeAlias = Literal["feasible", "infeasible", "failed", "pruned"]
-_SURE = 2.0
-"""Standard errors by which two figures must differ to be called different."""
 _UNRANKED = 1e6
 """Violation of a trial that has no model: more than any goal's."""
 
@@ -44,8 +43,6 @@ class Trial:
     seconds: float = 0.0
     same_as: int | None = None
     """Trial that made the very same model."""
-    model_bytes: int = 0
-    """Of the weights, as planned; 0 where nobody knows."""
 
     @property
     def told(self) -> float:
@@ -98,7 +95,7 @@ def _key(trial: Trial, objectives: Sequence[Objective]) -> tuple[float, ...]:
 
 def _differ(best: Score, other: Score) -> bool:
     error = math.hypot(best.standard_error or 0.0, other.standard_error or 0.0)
-    return abs(other.value - best.value) > _SURE * error
+    return abs(other.value - best.value) > SURE * error
 
 
 def dominates(mine: Sequence[float], theirs: Sequence[float]) -> bool:
