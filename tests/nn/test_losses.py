@@ -19,6 +19,8 @@ import peft  # noqa: E402 - after the imports that hide what it would pull in
 import torch  # noqa: E402
 
 from coldpress.nn.batches import cut_step  # noqa: E402
+from coldpress.nn.block_math import Dropout, draw_seeds, dropped  # noqa: E402
+from coldpress.nn.fused import Product  # noqa: E402
 from coldpress.nn.layer_math import dropped_out, random_mask  # noqa: E402
 from coldpress.nn.losses import loss_of  # noqa: E402
 from oracles.decoders import TINY, tiny_model  # noqa: E402
@@ -143,7 +145,16 @@ def test_layers_built_otherwise_keep_their_own_code() -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3-gqa"])
 def test_a_whole_layer_drops_what_its_parts_drop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout draws the same masks in the same order: one random state, one loss, whether layers are whole or not."""
+    """With the same masks, drawn in the same order, one random state is one loss, whether layers are whole or not."""
+
+    def mask(product: Product, x: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+        if not product.module.training:
+            return None, product.scale
+        (seeds,) = draw_seeds(1)
+        stays = dropped(torch.ones_like(x), Dropout(seeds, product.dropped))
+        return -stays.to(torch.int8), product.scale / (1 - product.dropped)
+
+    monkeypatch.setattr(Product, "mask", mask)
     model = adapted(name).train()
     for module in model.modules():
         if hasattr(module, "lora_dropout"):
@@ -180,10 +191,10 @@ def test_random_masks() -> None:
     """As many are dropped as the rate says, and what stays is itself."""
     x = torch.ones(1000, 1001, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    dropped = dropped_out(x, random_mask(x, 0.1))
-    assert set(dropped.unique().tolist()) == {0.0, 1.0}
+    stays = dropped_out(x, random_mask(x, 0.1))
+    assert set(stays.unique().tolist()) == {0.0, 1.0}
     # Six standard errors of a million draws.
-    assert float(dropped.float().mean()) == pytest.approx(0.9, abs=0.0018)
+    assert float(stays.float().mean()) == pytest.approx(0.9, abs=0.0018)
 
 
 def test_a_record_sees_no_other() -> None:

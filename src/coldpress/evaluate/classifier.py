@@ -57,6 +57,9 @@ class ClassifierRunner:
         """[sequences, classes], before the softmax."""
         import torch
 
+        from coldpress.nn.threads import tick
+
+        tick()
         longest = max(len(ids) for ids in batch)
         gaps = [longest - len(ids) for ids in batch]
         ids = torch.tensor([[*one, *([self._pad] * gap)] for one, gap in zip(batch, gaps, strict=True)])

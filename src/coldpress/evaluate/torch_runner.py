@@ -83,6 +83,9 @@ class TorchRunner:
     def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
         import torch
 
+        from coldpress.nn.threads import tick
+
+        tick()
         with torch.inference_mode():
             out = self._model(input_ids=_padded(batch), use_cache=False).logits.float().numpy()
         return [out[row, : len(ids)] for row, ids in enumerate(batch)]
@@ -98,6 +101,9 @@ class TorchRunner:
     def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[Any, Logits]:
         import torch
 
+        from coldpress.nn.threads import tick
+
+        tick()
         lengths = [len(ids) for ids in prompts]
         shared = min(shared, min(lengths) - 1)
         ids = _padded([one[shared:] for one in prompts])
@@ -137,6 +143,9 @@ class TorchRunner:
     def following(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
         import torch
 
+        from coldpress.nn.threads import tick
+
+        tick()
         ids = _padded(tokens)
         cache = _copied(state.cache)
         if list(rows) != list(range(len(state.lengths))):

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from coldpress.nn import block_math
+from coldpress.nn.block_math import Dropout
 from coldpress.nn.fused import CASTS_KEPT, EXACT, ROUNDED, Norm, Product, agree, is_silu, norm_of, product_of
-from coldpress.nn.layer_math import gated, gated_backward, low_rank, low_rank_backward, norm, norm_backward
 from coldpress.nn.packed_attention import SHORT, PackedAttention
 from coldpress.nn.packed_heads import Attended, Heads, Places, attend, attend_backward, places_of
 
@@ -58,11 +59,14 @@ class _Tape:
 
     factors: list[torch.Tensor | None]
     """A and B of each product, in order."""
+    dropouts: list[Dropout | None]
+    """Of each product."""
     kept: list[torch.Tensor | None] = field(default_factory=list)
-    """A, B, (m * x) A^T and m of each product."""
-    scales: list[float] = field(default_factory=list)
+    """A, B and s (m * x) A^T of each product."""
     gradients: list[torch.Tensor | None] = field(default_factory=list)
     """For the factors, from the last one to the first."""
+    done: int = 0
+    """Products that went forward, less those that came back."""
 
     def forward(self, products: Sequence[Product], x: torch.Tensor) -> torch.Tensor:
         """Their results side by side."""
@@ -70,39 +74,66 @@ class _Tape:
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _one(self, product: Product, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.factors[2 * len(self.scales) : 2 * len(self.scales) + 2]
+        """x W^T + bias + s (m * x) A^T B^T."""
+        (a, b), dropout = self.factors[2 * self.done : 2 * self.done + 2], self.dropouts[self.done]
+        self.done += 1
         weight, bias = product.weight(), product.bias()
+        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         if a is None or b is None:
-            self.scales.append(0.0)
-            self.kept += [None] * 4
-            return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-        mask, scale = product.mask(x)
+            self.kept += [None] * 3
+            return out
         own_a, own_b = a.to(x.dtype), b.to(x.dtype)
-        out, inner = low_rank(x, weight, bias, own_a, own_b, scale, mask)
+        inner = torch.mm(block_math.dropped(x, dropout), own_a.t())
+        scale = _scale(product, dropout)
+        if scale != 1.0:
+            inner.mul_(scale)
         small = a.numel() + b.numel() <= CASTS_KEPT
-        self.scales.append(scale)
-        self.kept += [*((own_a, own_b) if small else (a, b)), inner, mask]
-        return out
+        self.kept += [*((own_a, own_b) if small else (a, b)), inner]
+        return out.addmm_(inner, own_b.t())
 
     def backward(
         self, products: Sequence[Product], upstream: torch.Tensor, x: torch.Tensor, *, wanted: bool = True
     ) -> torch.Tensor | None:
         """Gradient for x, unless it is not wanted; those for the factors are kept."""
         for_x: torch.Tensor | None = None
-        parts = upstream.split([one.base.out_features for one in products], dim=1)
+        parts: Sequence[torch.Tensor] = (upstream,)
+        if len(products) > 1:
+            parts = upstream.split([one.base.out_features for one in products], dim=1)
         for product, part in zip(reversed(products), reversed(parts), strict=True):
-            a, b, inner, mask = self.kept[-4:]
-            del self.kept[-4:]
-            scale, weight = self.scales.pop(), product.weight() if wanted else None
+            self.done -= 1
+            dropout, (a, b, inner) = self.dropouts[self.done], self.kept[-3:]
+            del self.kept[-3:]
+            if wanted:
+                weight = product.weight()
+                for_x = torch.mm(part, weight) if for_x is None else for_x.addmm_(part, weight)
             if a is None or b is None or inner is None:
                 self.gradients += [None, None]
-                if weight is not None:
-                    for_x = torch.mm(part, weight) if for_x is None else for_x.addmm_(part, weight)
                 continue
-            own = a.to(x.dtype), b.to(x.dtype)
-            for_x, for_a, for_b = low_rank_backward(part, x, inner, weight, *own, scale, mask, for_x)
-            self.gradients += [for_b, for_a]
+            for_inner = torch.mm(part, b.to(x.dtype))
+            scale = _scale(product, dropout)
+            if scale != 1.0:
+                for_inner.mul_(scale)
+            self.gradients.append(torch.mm(part.t(), inner))
+            self.gradients.append(torch.mm(for_inner.t(), block_math.dropped(x, dropout)))
+            if for_x is not None and dropout is not None:
+                block_math.add_dropped(for_x, torch.mm(for_inner, a.to(x.dtype)), dropout)
+            elif for_x is not None:
+                for_x.addmm_(for_inner, a.to(x.dtype))
         return for_x
+
+
+def _scale(product: Product, dropout: Dropout | None) -> float:
+    """Of the adapter; what a dropout lets through stands for what it does not."""
+    return product.scale if dropout is None else product.scale / (1 - dropout.probability)
+
+
+def _dropouts(block: _Block) -> list[Dropout | None]:
+    """Of this pass through the layer, one for each product."""
+    chances = [one.dropped if one.a is not None and one.module.training else 0.0 for one in block.products]
+    if not any(chances):
+        return [None] * len(chances)
+    seeds = block_math.draw_seeds(len(chances))
+    return [Dropout(own, chance) if chance else None for own, chance in zip(seeds, chances, strict=True)]
 
 
 class _Layer(torch.autograd.Function):  # type: ignore[misc]
@@ -113,22 +144,22 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any,
         x: torch.Tensor,
         block: _Block,
-        places: Sequence[Places],
+        places: Places,
         rows: torch.Tensor | None,
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
-        tape, (first, second), entered = _Tape(list(factors)), block.norms, x[0]
-        normed, inverse = norm(entered, first.weight, first.eps)
+        tape, (first, second), entered = _Tape(list(factors), _dropouts(block)), block.norms, x[0].contiguous()
+        normed, inverse = block_math.norm(entered, first.weight, first.eps)
         seen, attended = attend(tape.forward(block.qkv, normed), places, block.heads)
         carried = entered
         if rows is not None:
             seen, carried = seen.index_select(0, rows), entered.index_select(0, rows)
         middle = tape.forward((block.out,), seen).add_(carried)
-        normed_middle, inverse_middle = norm(middle, second.weight, second.eps)
+        normed_middle, inverse_middle = block_math.norm(middle, second.weight, second.eps)
         both = tape.forward(block.gate_up, normed_middle)
-        product = gated(both)
+        product = block_math.gate(both)
         out = tape.forward((block.down,), product).add_(middle)
-        ctx.block, ctx.places, ctx.scales = block, places, tape.scales
+        ctx.block, ctx.places, ctx.dropouts = block, places, tape.dropouts
         ctx.dtypes = [None if one is None else one.dtype for one in factors]
         states = [one for each in attended for one in each]
         ctx.save_for_backward(
@@ -141,27 +172,29 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         block, places, saved = ctx.block, ctx.places, ctx.saved_tensors
         entered, inverse, normed, seen, rows, middle, inverse_middle, normed_middle, both, product = saved[:10]
-        split = 10 + 4 * len(places)
+        split = 10 + 4 * len(places.buckets)
         attended: list[Attended] = [tuple(saved[place : place + 4]) for place in range(10, split, 4)]
-        tape, (first, second) = _Tape([], list(saved[split:]), list(ctx.scales)), block.norms
-        gradient = upstream[0]
+        tape = _Tape([], ctx.dropouts, list(saved[split:]), done=len(block.products))
+        (first, second), gradient = block.norms, upstream[0].contiguous()
         for_product = tape.backward((block.down,), gradient, product)
-        for_normed = tape.backward(block.gate_up, gated_backward(for_product, both), normed_middle)
-        carried = norm_backward(for_normed, middle, second.weight, inverse_middle).add_(gradient)
+        assert for_product is not None
+        for_normed = tape.backward(block.gate_up, block_math.gate_backward(for_product, both), normed_middle)
+        assert for_normed is not None
+        # The gradient that came in may be another one's as well.
+        carried = block_math.norm_backward(for_normed, middle, second.weight, inverse_middle, gradient.clone())
         for_seen = tape.backward((block.out,), carried, seen)
         assert for_seen is not None
         if rows is not None:
             for_seen, carried = (_spread(one, rows, len(entered)) for one in (for_seen, carried))
         for_states = attend_backward(for_seen, attended, places, block.heads)
-        wanted = ctx.needs_input_grad[0]
-        for_entered = tape.backward(block.qkv, for_states, normed, wanted=wanted)
-        if wanted:
-            carried = norm_backward(for_entered, entered, first.weight, inverse).add_(carried)
+        for_entered = tape.backward(block.qkv, for_states, normed, wanted=ctx.needs_input_grad[0])
+        if for_entered is not None:
+            carried = block_math.norm_backward(for_entered, entered, first.weight, inverse, carried)
         gradients = [
             None if one is None else one.to(dtype)
             for one, dtype in zip(reversed(tape.gradients), ctx.dtypes, strict=True)
         ]
-        return carried.unsqueeze(0) if wanted else None, None, None, None, *gradients
+        return carried.unsqueeze(0) if for_entered is not None else None, None, None, None, *gradients
 
 
 def _spread(some: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -183,14 +216,13 @@ class _Shared:
     trimmed: bool = True
     """Whether the last layer leaves rows out."""
     _made_for: tuple[Any, ...] = ()
-    _places: list[Places] = field(default_factory=list)
+    _places: Places | None = None
 
-    def places(self, heads: Heads, cos: torch.Tensor, sin: torch.Tensor) -> list[Places]:
-        segments = self.function.segments
+    def places(self, cos: torch.Tensor, sin: torch.Tensor) -> Places:
+        segments, before = self.function.segments, self._made_for
         assert segments is not None
-        before = self._made_for
-        if not before or before[0] is not segments or before[1] is not cos or before[2] != heads:
-            self._made_for, self._places = (segments, cos, heads), places_of(segments, heads, cos, sin)
+        if self._places is None or before[0] is not segments or before[1] is not cos:
+            self._made_for, self._places = (segments, cos), places_of(segments, cos, sin)
         return self._places
 
     def fits(self, block: _Block, x: torch.Tensor, given: Mapping[str, Any]) -> bool:
@@ -216,7 +248,7 @@ def _forward(layer: Any, block: _Block, shared: _Shared) -> Callable[..., torch.
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or not shared.fits(block, hidden_states, kwargs):
             return own(hidden_states, *args, **kwargs)
-        places = shared.places(block.heads, *kwargs["position_embeddings"])
+        places = shared.places(*kwargs["position_embeddings"])
         rows = shared.function.rows if block.last and shared.trimmed else None
         factors = [None if one is None else one.weight for product in block.products for one in (product.a, product.b)]
         return _Layer.apply(hidden_states, block, places, rows, *factors)
@@ -273,8 +305,9 @@ def _block_of(layer: Any, *, last: bool) -> _Block | None:
     wide, count = products[len(into)].base.in_features, sum(one.base.out_features for one in products[: len(into)])
     heads = Heads(wide // size, (count - wide) // size // 2, size, float(scale))
     alike = {one.dtype for one in products} | {one.weight.dtype for one in (first, second)}
+    known = len(alike) == 1 and alike <= block_math.TYPES.keys()
     whole = heads.keys > 0 and heads.queries % heads.keys == 0 and heads.all * size == count and size % 2 == 0
-    if len(alike) != 1 or not whole or getattr(attention, "attention_dropout", None):
+    if not known or not whole or getattr(attention, "attention_dropout", None):
         return None
     out, down = products[len(into)], products[-1]
     gate_up = tuple(products[len(into) + 1 : -1])

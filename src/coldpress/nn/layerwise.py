@@ -125,6 +125,9 @@ class LayerwiseModel:
     def _call(self, ids: torch.Tensor, block: int, given: Any) -> Any:
         import torch
 
+        from coldpress.nn.threads import tick
+
+        tick()
         self._visit = (block, given)
         with torch.inference_mode():
             try:

@@ -1,12 +1,11 @@
 """Causal attention of short records straight out of a row of queries, keys and values: no autograd, few kernels.
 
-    row     [T, H + 2 H_kv, D]            what the products yield, a bucket's tokens side by side
-    states  [H + 2 H_kv, n L, D]          gathered by one index: each head's records, filled up at the right
+    row     [T, (H + 2 H_kv) D]           what the products yield
+    states  [H + 2 H_kv, n L, D]          each head's records, filled up at the right with zeros; q and k turned
     P = softmax(s Q K^T + causal);  O = P V
     dV = P^T dO;  dS = P * (dO V^T - rowsum(dO V^T * P));  dQ = s dS K;  dK = s dS^T Q
 
-Rotary embedding (Su et al. 2021, equation 34) as x * cos + swapped(x) * (-sin | sin), in place on the gathered states,
-where all heads' numbers stand in one row that the angles' row [n L D] goes along with.
+Between the products with Q, K, V and P stand the kernels of `kernels.decoder_rows`.
 
     T   tokens      H, H_kv   heads of queries, of keys      D   head size      n, L   records of a bucket, their length
 """
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from coldpress.kernels.decoder_rows import FILLING
+from coldpress.nn.block_math import join, softmax_, softmax_backward_, spread
 from coldpress.nn.packed_attention import Bucket, Segments
 
 __all__ = ["Attended", "Heads", "Places", "attend", "attend_backward", "places_of"]
@@ -47,128 +48,64 @@ class Heads:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a bucket's numbers stand in the row and in the states. Indices count runs of D numbers, or of D / 2."""
+    """Where the tokens of a row stand in its buckets."""
 
-    bucket: Bucket
-    gather: torch.Tensor
-    """[all heads * n L]: from the row."""
-    gather_swapped: torch.Tensor
-    """[turned heads * n L * 2], of halves: the same with the halves of each head in the other order."""
-    swap: torch.Tensor
-    """[turned heads * n L * 2], of halves: the states with their halves in the other order."""
-    back: torch.Tensor
-    """[tokens * all heads]: from the states to the row."""
-    outward: torch.Tensor
-    """[tokens * H]: from the queries' states to their row."""
-    inward: torch.Tensor
-    """[H * n L]: the other way."""
-    filling: torch.Tensor | None
-    """Of the queries' states."""
-    cos: torch.Tensor
-    """[n L D]."""
-    sin: torch.Tensor
-    """[n L D], the first half of each D negative."""
-    causal: torch.Tensor
-    """[L, L], float32: 0 or -inf."""
+    buckets: tuple[Bucket, ...]
+    takes: tuple[torch.Tensor, ...]
+    """[n L], int32, for each bucket: the token of the row at each position, or FILLING."""
+    angles: tuple[torch.Tensor, torch.Tensor]
+    """cos and sin [T, D], their halves alike."""
 
 
 Attended = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Queries, keys and values [H n, L, D] (keys and values of H_kv heads), and P where it is kept."""
 
 
-def places_of(segments: Segments, heads: Heads, cos: torch.Tensor, sin: torch.Tensor) -> list[Places]:
-    """One for each bucket. cos and sin [1, T, D], their halves alike."""
-    return [_places(bucket, heads, cos[0], sin[0]) for bucket in segments.buckets]
+def places_of(segments: Segments, cos: torch.Tensor, sin: torch.Tensor) -> Places:
+    """cos and sin [1, T, D], their halves alike."""
+    takes = tuple(_take(bucket).to(torch.int32) for bucket in segments.buckets)
+    return Places(segments.buckets, takes, (cos[0].contiguous(), sin[0].contiguous()))
 
 
-def _places(bucket: Bucket, heads: Heads, cos: torch.Tensor, sin: torch.Tensor) -> Places:
-    device, half = cos.device, heads.size // 2
-    every = torch.arange(bucket.tokens, device=device)
-    take = every if bucket.take is None else bucket.take
-    back = every if bucket.back is None else bucket.back
-    size = len(take)
-
-    def heads_first(count: int, width: int) -> torch.Tensor:
-        return torch.arange(count, device=device).unsqueeze(1) + take.unsqueeze(0) * width
-
-    def tokens_first(count: int) -> torch.Tensor:
-        return (back.unsqueeze(1) + torch.arange(count, device=device).unsqueeze(0) * size).reshape(-1)
-
-    gather = heads_first(heads.all, heads.all)
-    other = torch.tensor([1, 0], device=device)
-    swapped = (gather[: heads.turned] * 2).unsqueeze(-1) + other
-    swap = torch.arange(heads.turned * size, device=device).mul_(2).unsqueeze(-1) + other
-    filling = None
-    if bucket.filling is not None:
-        filling = torch.arange(heads.queries, device=device).unsqueeze(1) * size + bucket.filling.unsqueeze(0)
-    own = slice(bucket.start, bucket.start + bucket.tokens)
-    signed = torch.cat((-sin[own, :half], sin[own, half:]), dim=1)
-    later = torch.ones((bucket.length, bucket.length), dtype=torch.bool, device=device).triu_(1)
-    causal = torch.zeros((bucket.length, bucket.length), device=device).masked_fill_(later, -torch.inf)
-    return Places(
-        bucket,
-        gather.reshape(-1),
-        swapped.reshape(-1),
-        swap.reshape(-1),
-        tokens_first(heads.all),
-        tokens_first(heads.queries),
-        heads_first(heads.queries, heads.queries).reshape(-1),
-        None if filling is None else filling.reshape(-1),
-        cos[own].index_select(0, take).reshape(-1),
-        signed.index_select(0, take).reshape(-1),
-        causal,
-    )
+def _take(bucket: Bucket) -> torch.Tensor:
+    if bucket.take is None or bucket.filling is None:
+        return torch.arange(bucket.start, bucket.start + bucket.tokens)
+    return (bucket.take + bucket.start).index_fill_(0, bucket.filling, FILLING)
 
 
-def attend(row: torch.Tensor, places: Sequence[Places], heads: Heads) -> tuple[torch.Tensor, list[Attended]]:
-    """row [T, all heads * D] -> [T, H D], and what the way back needs."""
-    found, kept = [], []
-    for place in places:
-        bucket = place.bucket
-        own = row.narrow(0, bucket.start, bucket.tokens)
-        states = own.view(-1, heads.size).index_select(0, place.gather)
-        swapped = own.view(-1, heads.size // 2).index_select(0, place.gather_swapped)
-        _turn(states, swapped, place, heads, 1.0)
+def attend(row: torch.Tensor, places: Places, heads: Heads) -> tuple[torch.Tensor, list[Attended]]:
+    """row [T, (H + 2 H_kv) D] -> [T, H D], and what the way back needs."""
+    found, kept = row.new_empty((len(row), heads.queries * heads.size)), []
+    for bucket, take in zip(places.buckets, places.takes, strict=True):
+        states = row.new_empty((heads.all, len(take), heads.size))
+        spread(row, take, places.angles, heads.turned, states)
         query, key, value = _by_record(states, bucket, heads)
-        shares = _shares(query, key, place, heads)
-        out = torch.bmm(shares, _for_queries(value, bucket, heads)).view(-1, heads.size)
-        found.append(out.index_select(0, place.outward).view(bucket.tokens, -1))
+        shares = _shares(query, key, bucket, heads)
+        out = torch.bmm(shares, _for_queries(value, bucket, heads))
+        join(out.view(heads.queries, -1, heads.size), take, places.angles, 0, found)
         kept.append((query, key, value, shares if bucket.length <= SHARES_KEPT else None))
-    return found[0] if len(found) == 1 else torch.cat(found), kept
+    return found, kept
 
 
-def attend_backward(
-    upstream: torch.Tensor, kept: Sequence[Attended], places: Sequence[Places], heads: Heads
-) -> torch.Tensor:
-    """[T, H D] -> gradient for the row [T, all heads * D]."""
-    found = []
-    for place, (query, key, value, shares) in zip(places, kept, strict=True):
-        bucket = place.bucket
+def attend_backward(upstream: torch.Tensor, kept: Sequence[Attended], places: Places, heads: Heads) -> torch.Tensor:
+    """[T, H D] -> gradient for the row [T, (H + 2 H_kv) D]."""
+    found = upstream.new_empty((len(upstream), heads.all * heads.size))
+    for bucket, take, (query, key, value, shares) in zip(places.buckets, places.takes, kept, strict=True):
         if shares is None:
-            shares = _shares(query, key, place, heads)
-        own = upstream.narrow(0, bucket.start, bucket.tokens).reshape(-1, heads.size)
-        gradient = own.index_select(0, place.inward)
-        if place.filling is not None:
-            gradient.index_fill_(0, place.filling, 0)  # nothing reads what a filling position computes
+            shares = _shares(query, key, bucket, heads)
+        # 0 at a filling position: nothing reads what it computes
+        gradient = upstream.new_empty((heads.queries, len(take), heads.size))
+        spread(upstream, take, places.angles, 0, gradient)
         gradient = gradient.view(query.shape)
-        states = gradient.new_empty((heads.all * bucket.records * bucket.length, heads.size))
+        states = upstream.new_empty((heads.all, len(take), heads.size))
         for_query, for_key, for_value = _by_record(states, bucket, heads)
         every_key, every_value = (_for_queries(one, bucket, heads) for one in (key, value))
-        for_shares = torch.bmm(gradient, every_value.transpose(1, 2))
-        for_scores = torch._softmax_backward_data(for_shares, shares, -1, shares.dtype).mul_(heads.scale)
+        for_scores = softmax_backward_(torch.bmm(gradient, every_value.transpose(1, 2)), shares, heads.scale)
         torch.bmm(for_scores, every_key, out=for_query)
         _onto_keys(for_scores, query, for_key, heads)
         _onto_keys(shares, gradient, for_value, heads)
-        swapped = states[: heads.turned * bucket.records * bucket.length].view(-1, heads.size // 2)
-        _turn(states, swapped.index_select(0, place.swap), place, heads, -1.0)
-        found.append(states.index_select(0, place.back).view(bucket.tokens, -1))
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _turn(states: torch.Tensor, swapped: torch.Tensor, place: Places, heads: Heads, sign: float) -> None:
-    """The rotary embedding, or its inverse, in place on the heads of queries and keys."""
-    turned = states.view(heads.all, -1)[: heads.turned]
-    turned.mul_(place.cos).addcmul_(swapped.view(heads.turned, -1), place.sin, value=sign)
+        join(states, take, places.angles, heads.turned, found)
+    return found
 
 
 def _by_record(states: torch.Tensor, bucket: Bucket, heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,11 +123,9 @@ def _for_queries(states: torch.Tensor, bucket: Bucket, heads: Heads) -> torch.Te
     return apart.expand(-1, heads.queries // heads.keys, -1, -1, -1).reshape(-1, bucket.length, heads.size)
 
 
-def _shares(query: torch.Tensor, key: torch.Tensor, place: Places, heads: Heads) -> torch.Tensor:
-    """P in the type of the queries; the softmax is float32's."""
-    scores = torch.bmm(query, _for_queries(key, place.bucket, heads).transpose(1, 2)).float()
-    torch.add(place.causal, scores, alpha=heads.scale, out=scores)
-    return torch.softmax(scores, -1).to(query.dtype)
+def _shares(query: torch.Tensor, key: torch.Tensor, bucket: Bucket, heads: Heads) -> torch.Tensor:
+    """P in the type of the queries."""
+    return softmax_(torch.bmm(query, _for_queries(key, bucket, heads).transpose(1, 2)), heads.scale)
 
 
 def _onto_keys(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, heads: Heads) -> None:

@@ -19,6 +19,7 @@ from coldpress.nn import ranks
 from coldpress.nn.batches import MicroBatch, StepBatch
 from coldpress.nn.checkpoints import BEST, read_weights, write_weights
 from coldpress.nn.losses import Loss
+from coldpress.nn.threads import tick
 from coldpress.nn.watch import Watch
 
 __all__ = ["StepTrainer"]
@@ -77,7 +78,8 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         self._agreed = (False, False)
         self._most = 0
         """Micro-batches of this step, of the rank that has most."""
-        self._clipped: list[torch.nn.Parameter] = []
+        self._trained = [one for one in self.model.parameters() if one.requires_grad]
+        """Of one process: FSDP puts others in their place."""
         self._good: tuple[int, dict[str, torch.Tensor]] | None = None
         self._small = (
             sum(one.numel() * one.element_size() for one in ranks.trained(self.model).values()) <= SNAPSHOT_BYTES
@@ -148,6 +150,20 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         spare = step.micro[-1]
         return [*step.micro, *[MicroBatch(spare.inputs, spare.segments, 0, 0)] * (most - len(step.micro))]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Dropping gradients looks at what is trained, not at all modules of the model each time."""
+        if ranks.ranks() > 1:
+            return super().train(*args, **kwargs)
+        self.model.zero_grad = self._drop_gradients
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del self.model.zero_grad
+
+    def _drop_gradients(self, set_to_none: bool = True) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[StepBatch], device: Any) -> Any:
@@ -157,6 +173,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         return torch.tensor(sum(count for count, _ in counts), device=device)
 
     def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> torch.Tensor:
+        tick()
         if not model.training:  # it goes through all modules
             model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -192,8 +209,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if ranks.ranks() == 1 and self.accelerator.scaler is None:  # what accelerate does, without looking for more
-            self._clipped = self._clipped or [one for one in model.parameters() if one.requires_grad]
-            norm = torch.nn.utils.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
         else:
             norm = super()._clip_grad_norm(model)
         if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
@@ -226,6 +242,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for step in loader:
+                tick()
                 for one in self._alike(step, max(micro for (micro,) in self._gathered(len(step.micro)))):
                     found = self.loss(self.model_wrapped, one.to(self.args.device))
                     total += torch.tensor([float(found) if one.count else 0.0, one.count], dtype=torch.float64)

@@ -32,9 +32,9 @@ STOP_GRACE_SECONDS = 60.0
 
 _ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
-    # GNU OpenMP's threads spin 300,000 times before they sleep. Beside one busy process that made
-    # training steps 70 times slower on 2 cores; 1,000 times cost a sixth on a quiet machine.
-    "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+    # GNU OpenMP's threads spin 300,000 times before they sleep. 10,000 times are as good on a quiet machine, and milder
+    # beside a busy one, which long computations then leave to it (see nn/threads.py).
+    "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
     # Statistics, progress bars and tokenizer forks of the libraries have no place in a worker.
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -1,0 +1,319 @@
+"""What a decoder layer does between its matrix products, forward and backward, one pass over the numbers each.
+
+    norm            y = w round(q x), q = 1 / sqrt(mean(x^2) + eps)         Zhang and Sennrich 2019, equation 4
+    gate            y = silu(g) u of a row [g | u]                          Shazeer 2020, equation 6
+    dropped         y = m x, m a dropout's mask, not divided by 1 - p       Srivastava et al. 2014
+    softmax         P = softmax(s S) over the columns up to the row's own   causal attention
+    spread, join    a row's heads apart, turned by their position, and back Su et al. 2021, equation 34
+
+A mask is not stored: whether a value stays is a hash of its place and of two seeds, which the way back asks again (the
+finalizer of Appleby's MurmurHash3, with the seeds added on the way). Arithmetic is float32's, results are rounded once
+to the type of the numbers. Each kernel works on the rows from `first` to before `last` of its outermost dimension,
+without the GIL, so that threads can share one call.
+
+    T   tokens      d   width      n   records of one length L      H   heads of D numbers, the first R of them turned
+    numbers are float32, or bfloat16 as uint16 patterns; all arrays are contiguous
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numba.extending
+import numpy as np
+
+__all__ = ["FILLING", "DecoderRows", "decoder_rows", "drop_limit"]
+
+FILLING = -1
+"""A position of `take` at which no token stands."""
+
+Kernel = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class DecoderRows:
+    """The kernels for one type of number. `first`, `last`, then as given here; results are written into the arrays."""
+
+    norm: Kernel
+    """x [T, d], w [d], eps, y [T, d], q [T] float32."""
+    norm_backward: Kernel
+    """dy [T, d], x [T, d], w [d], q [T], dx [T, d]: the gradient is added to what stands in dx."""
+    gate: Kernel
+    """[g | u] [T, 2 d], y [T, d]."""
+    gate_backward: Kernel
+    """dy [T, d], [g | u] [T, 2 d], their gradient [T, 2 d]."""
+    dropped: Kernel
+    """x [T, d], seed, seed, limit, y [T, d]."""
+    add_dropped: Kernel
+    """x [T, d], seed, seed, limit, y [T, d]: m x is added to y."""
+    softmax: Kernel
+    """S [H n, L, L] becomes P in place, s."""
+    softmax_backward: Kernel
+    """dP [H n, L, L] becomes s dS in place, P, s."""
+    spread: Kernel
+    """row [T, H D], take [n L] int32, cos and sin [T, D], R, states [H, n L, D]; over the n L positions."""
+    join: Kernel
+    """states [H, n L, D], take, cos, sin, R, row [T, H D]: turned the other way round; over the n L positions."""
+
+
+def drop_limit(dropped: float) -> int:
+    """Hashes below it drop their value, with this probability."""
+    return min(round(dropped * 2**32), 2**32 - 1)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _load(typing: Any, word: Any) -> Any:
+    """The number of an array's word, float32."""
+
+    def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        real, bits = (context.get_value_type(one) for one in (numba.types.float32, numba.types.uint32))
+        if word == numba.types.float32:
+            return values[0]
+        return builder.bitcast(builder.shl(builder.zext(values[0], bits), bits(16)), real)
+
+    return numba.types.float32(word), make
+
+
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _store(typing: Any, number: Any, like: Any) -> Any:
+    """The word of a number, rounded to the nearest (ties to even) where it is of the type of `like`, bfloat16."""
+
+    def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if like == numba.types.float32:
+            return values[0]
+        whole, short = (context.get_value_type(one) for one in (numba.types.uint32, numba.types.uint16))
+        bits = builder.bitcast(values[0], whole)
+        odd = builder.and_(builder.lshr(bits, whole(16)), whole(1))
+        return builder.trunc(builder.lshr(builder.add(bits, builder.add(odd, whole(0x7FFF))), whole(16)), short)
+
+    return like(numba.types.float32, like), make
+
+
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _float_of(typing: Any, bits: Any) -> Any:
+    """A uint32 as the float32 of the same bits."""
+
+    def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(numba.types.float32))
+
+    return numba.types.float32(numba.types.uint32), make
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _exp(x: Any) -> Any:
+    """e^x to 1e-6 of itself; beyond 2^-126 and 2^126 it stays there. 2^n times the series of 2^r, |r| <= 1/2."""
+    y = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(126))
+    n = np.int32(y + (np.float32(0.5) if y >= 0 else np.float32(-0.5)))
+    r = y - np.float32(n)
+    p = np.float32(1.5403530e-4)  # ln(2)^k / k!, from the sixth
+    p = p * r + np.float32(1.3333558e-3)
+    p = p * r + np.float32(9.6181291e-3)
+    p = p * r + np.float32(5.5504109e-2)
+    p = p * r + np.float32(2.4022651e-1)
+    p = p * r + np.float32(6.9314718e-1)
+    p = p * r + np.float32(1)
+    return p * _float_of(np.uint32(np.uint32(n + np.int32(127)) << np.uint32(23)))
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _stays(place: Any, one: Any, other: Any, limit: Any) -> Any:
+    h = np.uint32(np.uint32(place) * np.uint32(0x9E3779B9) + one)
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(16)))
+    h = np.uint32(h * np.uint32(0x85EBCA6B) + other)
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(13)))
+    h = np.uint32(h * np.uint32(0xC2B2AE35))
+    return np.uint32(h ^ np.uint32(h >> np.uint32(16))) >= limit
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _norm(first: Any, last: Any, x: Any, w: Any, eps: Any, y: Any, q: Any) -> None:
+    d = x.shape[1]
+    for row in range(first, last):
+        own, out, total = x[row], y[row], np.float32(0)
+        for i in range(d):
+            total += _load(own[i]) * _load(own[i])
+        inverse = np.float32(1) / np.sqrt(total / np.float32(d) + eps)
+        q[row] = inverse
+        for i in range(d):
+            unit = _load(_store(_load(own[i]) * inverse, own[i]))
+            out[i] = _store(unit * _load(w[i]), own[i])
+
+
+def _norm_backward(first: Any, last: Any, dy: Any, x: Any, w: Any, q: Any, dx: Any) -> None:
+    d = x.shape[1]
+    for row in range(first, last):
+        upstream, own, out, inverse, total = dy[row], x[row], dx[row], q[row], np.float32(0)
+        for i in range(d):
+            total += _load(upstream[i]) * _load(w[i]) * _load(own[i])
+        mean = total * inverse * inverse / np.float32(d)
+        for i in range(d):
+            gradient = (_load(upstream[i]) * _load(w[i]) - _load(own[i]) * mean) * inverse
+            out[i] = _store(_load(out[i]) + gradient, own[i])
+
+
+def _gate(first: Any, last: Any, both: Any, y: Any) -> None:
+    d = y.shape[1]
+    for row in range(first, last):
+        gate, up, out = both[row, :d], both[row, d:], y[row]
+        for i in range(d):
+            g = _load(gate[i])
+            out[i] = _store(g / (np.float32(1) + _exp(-g)) * _load(up[i]), gate[i])
+
+
+def _gate_backward(first: Any, last: Any, dy: Any, both: Any, gradient: Any) -> None:
+    d = dy.shape[1]
+    for row in range(first, last):
+        gate, up, upstream = both[row, :d], both[row, d:], dy[row]
+        for_gate, for_up = gradient[row, :d], gradient[row, d:]
+        for i in range(d):
+            g = _load(gate[i])
+            share = np.float32(1) / (np.float32(1) + _exp(-g))
+            slope = share * (np.float32(1) + g * (np.float32(1) - share))
+            for_gate[i] = _store(_load(upstream[i]) * _load(up[i]) * slope, gate[i])
+        for i in range(d):
+            g = _load(gate[i])
+            for_up[i] = _store(_load(upstream[i]) * g / (np.float32(1) + _exp(-g)), gate[i])
+
+
+def _dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any, y: Any) -> None:
+    d = x.shape[1]
+    for row in range(first, last):
+        own, out, start = x[row], y[row], np.uint32(row * d)
+        for i in range(d):
+            stays = _stays(start + np.uint32(i), one, other, limit)
+            out[i] = own[i] if stays else _store(np.float32(0), own[i])
+
+
+def _add_dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any, y: Any) -> None:
+    d = x.shape[1]
+    for row in range(first, last):
+        own, out, start = x[row], y[row], np.uint32(row * d)
+        for i in range(d):
+            part = _load(own[i]) if _stays(start + np.uint32(i), one, other, limit) else np.float32(0)
+            out[i] = _store(_load(out[i]) + part, own[i])
+
+
+def _softmax(first: Any, last: Any, scores: Any, scale: Any) -> None:
+    length = scores.shape[1]
+    powers = np.empty(length, np.float32)
+    for matrix in range(first, last):
+        for row in range(length):
+            own, end = scores[matrix, row], row + 1
+            highest, total = _load(own[0]), np.float32(0)
+            for i in range(end):
+                highest = max(highest, _load(own[i]))
+            for i in range(end):
+                powers[i] = _exp((_load(own[i]) - highest) * scale)
+            for i in range(end):
+                total += powers[i]
+            inverse = np.float32(1) / total
+            for i in range(end):
+                own[i] = _store(powers[i] * inverse, own[i])
+            for i in range(end, length):
+                own[i] = _store(np.float32(0), own[i])
+
+
+def _softmax_backward(first: Any, last: Any, gradient: Any, shares: Any, scale: Any) -> None:
+    length = shares.shape[1]
+    for matrix in range(first, last):
+        for row in range(length):
+            own, share, end, total = gradient[matrix, row], shares[matrix, row], row + 1, np.float32(0)
+            for i in range(end):
+                total += _load(own[i]) * _load(share[i])
+            for i in range(end):
+                own[i] = _store((_load(own[i]) - total) * _load(share[i]) * scale, own[i])
+            for i in range(end, length):
+                own[i] = _store(np.float32(0), own[i])
+
+
+def _spread(first: Any, last: Any, row: Any, take: Any, cos: Any, sin: Any, turned: Any, states: Any) -> None:
+    heads, _, size = states.shape
+    half = size // 2
+    for place in range(first, last):
+        token = take[place]
+        for head in range(heads):
+            out, start = states[head, place], head * size
+            if token < 0:
+                for i in range(size):
+                    out[i] = _store(np.float32(0), out[i])
+                continue
+            own = row[token, start : start + size]
+            if head >= turned:
+                out[:] = own
+                continue
+            _turn(own[:half], own[half:], cos[token], sin[token], np.float32(1), out[:half], out[half:])
+
+
+def _join(first: Any, last: Any, states: Any, take: Any, cos: Any, sin: Any, turned: Any, row: Any) -> None:
+    heads, _, size = states.shape
+    half = size // 2
+    for place in range(first, last):
+        token = take[place]
+        if token < 0:
+            continue
+        for head in range(heads):
+            own, start = states[head, place], head * size
+            out = row[token, start : start + size]
+            if head >= turned:
+                out[:] = own
+                continue
+            _turn(own[:half], own[half:], cos[token], sin[token], np.float32(-1), out[:half], out[half:])
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _turn(a: Any, b: Any, cos: Any, sin: Any, sign: Any, out_a: Any, out_b: Any) -> None:
+    for i in range(a.size):
+        out_a[i] = _store(_load(a[i]) * _load(cos[i]) - _load(b[i]) * _load(sin[i]) * sign, a[i])
+    for i in range(a.size):
+        out_b[i] = _store(_load(b[i]) * _load(cos[i]) + _load(a[i]) * _load(sin[i]) * sign, a[i])
+
+
+# -- machine code ------------------------------------------------------------------------------------------------------
+
+_COMPILING = threading.Lock()
+
+
+def decoder_rows(dtype: str) -> DecoderRows:
+    """The kernels for "float32" or "bfloat16": compiled at first use, then read from Numba's cache."""
+    with _COMPILING:
+        return _made(dtype)
+
+
+@functools.cache
+def _made(dtype: str) -> DecoderRows:
+    t = numba.types
+    word: Any = {"bfloat16": t.uint16, "float32": t.float32}[dtype]
+    vector, matrix, cube = word[::1], word[:, ::1], word[:, :, ::1]
+    whole, real, reals, places = t.uint32, t.float32, t.float32[::1], t.int32[::1]
+
+    def compiled(kernel: Kernel, *parts: Any) -> Kernel:
+        signature = t.void(t.int64, t.int64, *parts)
+        # Sums may be reordered, so that they run in vector registers.
+        options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+        try:
+            return numba.njit(signature, cache=True, **options)(kernel)  # type: ignore[no-any-return]
+        except RuntimeError:  # no folder that Numba may write to: compile each time
+            return numba.njit(signature, **options)(kernel)  # type: ignore[no-any-return]
+
+    return DecoderRows(
+        norm=compiled(_norm, matrix, vector, real, matrix, reals),
+        norm_backward=compiled(_norm_backward, matrix, matrix, vector, reals, matrix),
+        gate=compiled(_gate, matrix, matrix),
+        gate_backward=compiled(_gate_backward, matrix, matrix, matrix),
+        dropped=compiled(_dropped, matrix, whole, whole, whole, matrix),
+        add_dropped=compiled(_add_dropped, matrix, whole, whole, whole, matrix),
+        softmax=compiled(_softmax, cube, real),
+        softmax_backward=compiled(_softmax_backward, cube, cube, real),
+        spread=compiled(_spread, matrix, places, matrix, matrix, t.int64, cube),
+        join=compiled(_join, cube, places, matrix, matrix, t.int64, matrix),
+    )

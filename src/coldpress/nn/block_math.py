@@ -1,0 +1,152 @@
+"""The kernels of `kernels.decoder_rows` on CPU tensors, shared among as many threads as torch uses.
+
+T tokens, d width, D head size; n records of one length L.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from coldpress.kernels.decoder_rows import DecoderRows, decoder_rows, drop_limit
+
+__all__ = [
+    "TYPES",
+    "Dropout",
+    "add_dropped",
+    "draw_seeds",
+    "dropped",
+    "gate",
+    "gate_backward",
+    "join",
+    "norm",
+    "norm_backward",
+    "softmax_",
+    "softmax_backward_",
+    "spread",
+]
+
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What the kernels compute in, and their name for it."""
+
+SHARED = 1 << 18
+"""Numbers below which one thread is as quick: handing over takes some 50 microseconds."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """A mask over the rows of one product."""
+
+    seeds: tuple[int, int]
+    probability: float
+
+    @property
+    def arguments(self) -> tuple[int, int, int]:
+        return (*self.seeds, drop_limit(self.probability))
+
+
+def draw_seeds(count: int) -> list[tuple[int, int]]:
+    """From torch's own generator, whose state a checkpoint keeps."""
+    drawn = torch.empty(2 * count, dtype=torch.int64).random_(0, 1 << 32).tolist()
+    return list(zip(drawn[::2], drawn[1::2], strict=True))
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """w * round(x / sqrt(mean(x^2) + eps)) of x [T, d], and 1 / sqrt(...) [T] float32."""
+    out, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    _run(_kernels(x).norm, x.numel(), x.shape[0], x, weight, eps, out, inverse)
+    return out, inverse
+
+
+def norm_backward(
+    upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, onto: torch.Tensor
+) -> torch.Tensor:
+    """`onto` with the gradient for x added to it, in place."""
+    _run(_kernels(x).norm_backward, x.numel(), x.shape[0], upstream, x, weight, inverse, onto)
+    return onto
+
+
+def gate(both: torch.Tensor) -> torch.Tensor:
+    """silu(g) u of [g | u] [T, 2 d]."""
+    out = both.new_empty((len(both), both.shape[1] // 2))
+    _run(_kernels(both).gate, both.numel(), both.shape[0], both, out)
+    return out
+
+
+def gate_backward(upstream: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+    """Gradient for [g | u], one matrix too."""
+    gradient = torch.empty_like(both)
+    _run(_kernels(both).gate_backward, both.numel(), both.shape[0], upstream, both, gradient)
+    return gradient
+
+
+def dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    """x where the mask says so, else 0. Not divided by 1 - p: that goes into the scale of the adapter."""
+    if dropout is None:
+        return x
+    out = torch.empty_like(x)
+    _run(_kernels(x).dropped, x.numel(), x.shape[0], x, *dropout.arguments, out)
+    return out
+
+
+def add_dropped(onto: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> None:
+    """`dropped(x)` added in place."""
+    _run(_kernels(x).add_dropped, x.numel(), x.shape[0], x, *dropout.arguments, onto)
+
+
+def softmax_(scores: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal shares of scores [H n, L, L], in place."""
+    _run(_kernels(scores).softmax, scores.numel(), scores.shape[0], scores, scale)
+    return scores
+
+
+def softmax_backward_(upstream: torch.Tensor, shares: torch.Tensor, scale: float) -> torch.Tensor:
+    """Gradient for the scores, in the place of that for the shares."""
+    _run(_kernels(shares).softmax_backward, shares.numel(), shares.shape[0], upstream, shares, scale)
+    return upstream
+
+
+def spread(
+    row: torch.Tensor, take: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], turned: int, states: torch.Tensor
+) -> None:
+    """The heads of row [T, H D] apart into states [H, n L, D], the first `turned` of them turned by cos, sin [T, D]."""
+    _run(_kernels(row).spread, states.numel(), take.shape[0], row, take, *angles, turned, states)
+
+
+def join(
+    states: torch.Tensor, take: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], turned: int, row: torch.Tensor
+) -> None:
+    """The other way, turned back."""
+    _run(_kernels(row).join, states.numel(), take.shape[0], states, take, *angles, turned, row)
+
+
+def _kernels(x: torch.Tensor) -> DecoderRows:
+    return decoder_rows(TYPES[x.dtype])
+
+
+def _run(kernel: Callable[..., None], numbers: int, count: int, *arguments: Any) -> None:
+    """On all rows; in several threads where there are enough numbers for them."""
+    given = [_array(one) if isinstance(one, torch.Tensor) else one for one in arguments]
+    if numbers < 2 * SHARED or (threads := min(torch.get_num_threads(), numbers // SHARED, count)) < 2:
+        kernel(0, count, *given)
+        return
+    (_, own), *parts = pairwise(count * part // threads for part in range(threads + 1))
+    others = [_pool(threads - 1).submit(kernel, *part, *given) for part in parts]
+    kernel(0, own, *given)
+    for one in others:
+        one.result()
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="rows")
