@@ -50,8 +50,8 @@ class Entry:
 
     @property
     def last_used(self) -> float:
-        """Seconds since the epoch."""
-        return (self.path / RECORD_FILE).stat().st_mtime
+        """Seconds since the epoch: the time of the folder, since a use must not look like a change of its files."""
+        return self.path.stat().st_mtime
 
     def artifact(self) -> Artifact:
         return Artifact.load(self.path)
@@ -182,7 +182,7 @@ class Store:
             return None
         if touch:
             with contextlib.suppress(OSError):
-                os.utime(entry.path / RECORD_FILE)
+                os.utime(entry.path)
         return entry
 
     def amend(self, entry: Entry, **more: Any) -> Entry:
