@@ -8,7 +8,8 @@
       logs/<step>.log       what the steps' processes printed
       digests.json          file digests, remembered by path, size, mtime and inode
 
-A step appears in `steps` by one rename, after everything in it reached the disk. Failures are never stored.
+A step appears in `steps` by one rename, after everything in it reached the disk. Failures are never stored. A record
+without `parity` is of a step that nobody proved yet; whoever needs it proved adds that (`steps`).
 """
 
 from __future__ import annotations
