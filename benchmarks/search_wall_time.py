@@ -12,6 +12,7 @@ half of Olive's time.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -95,7 +96,8 @@ def main() -> None:
         "Olive 0.13, mended": [peer, str(HERE / "peer_olive_search.py"), "config.json"],
         "Coldpress without proofs": [*ours, "parity.enabled=false"],
     }
-    # The Coldpress of this checkout, also where the environment has another one installed.
+    # This checkout's Coldpress, also where another one is installed; with its bytecode, as pip would install it.
+    compileall.compile_dir(HERE.parent / "src", quiet=1)
     quiet = {"HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(HERE.parent / "src")}
 
     def fresh(name: str) -> Measured:
