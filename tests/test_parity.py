@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -230,4 +231,26 @@ def test_a_reference_that_is_kept_goes_through_its_blocks_once(model: Path, tmp_
     third = layers(mine, kept)
     assert third[0] == 4
     assert third[1]["kl"] != first[1]["kl"]
+    kept.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows moves no folder with an open file in it")
+def test_what_was_proved_is_an_open_reference_wherever_it_was_moved(model: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    context = Context("build", tmp_path, tmp_path, detect(), Accelerator(), {}, events.append)
+
+    def layers() -> int:
+        found = sum(isinstance(event, Progress) and event.unit == "layers" for event in events)
+        events.clear()
+        return found
+
+    merged = changed(model, tmp_path / "merged", lambda name, value: value * 1.01)
+    built = changed(model, tmp_path / "built", lambda name, value: value * 1.02)
+    kept = KeptReference()
+    prove(Artifact.load(model), Artifact.load(merged), context, tokens=256, kept=kept)
+    assert layers() == 4
+    moved = merged.rename(tmp_path / "moved")
+    found = prove(Artifact.load(moved), Artifact.load(built), context, tokens=256, kept=kept)
+    assert layers() == 2, "of the candidate"
+    assert found == prove(Artifact.load(moved), Artifact.load(built), context, tokens=256)
     kept.close()

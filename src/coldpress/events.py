@@ -178,7 +178,8 @@ class TrialFinished:
     number: int
     settings: Mapping[str, Any]
     state: str
-    """feasible, infeasible, failed, or pruned: not run, because the plan proves that it is out of bounds."""
+    """feasible; infeasible; unproved: another trial is no worse, so it was not proved; failed; or pruned: not run,
+    because the plan proves that it is out of bounds."""
     why: str
     """What stopped it; empty for a feasible one."""
     figures: Mapping[str, str]
@@ -198,6 +199,8 @@ class SearchFinished:
     seconds: float
     stopped: str = ""
     """What ended it before every setting was tried; empty where all were."""
+    unproved: int = 0
+    """Trials that others are no worse than, so that they were not proved."""
 
 
 @dataclass(frozen=True)

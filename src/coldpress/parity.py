@@ -8,9 +8,10 @@ Runtime holds it), the reference's hidden states (`torch_runner.STATES_BYTES`), 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, TypeAlias
 
 from coldpress.artifacts.base import Artifact
 from coldpress.artifacts.classifiers import CLASSIFICATION
@@ -18,6 +19,7 @@ from coldpress.data.tokenizer import Tokenizer
 from coldpress.evaluate.classifier import ClassifierRunner
 from coldpress.evaluate.divergence import compare, compare_classes
 from coldpress.evaluate.runners import LayerwiseRunner, open_runner
+from coldpress.evaluate.size import files_to_run
 from coldpress.evaluate.texts import SEQUENCE_TOKENS, class_sequences, text_sequences
 from coldpress.events import Message, Progress
 from coldpress.passes.base import Context
@@ -25,40 +27,46 @@ from coldpress.passes.base import Context
 __all__ = ["KeptReference", "prove"]
 
 
-class KeptReference:
-    """A reference that stays open from one proof to the next: a search compares many candidates with one model.
+_Identity: TypeAlias = tuple[Any, ...]
 
-    The same one is what has the same files, unchanged. It holds the reference's hidden states.
+
+class KeptReference:
+    """References that stay open from one proof to the next: a search compares many candidates with one model, and what
+    a merge made is what the build after it is compared with.
+
+    The same one is what has the same files, unchanged, wherever they lie: a result is moved when it was proved. Each
+    holds its hidden states; there are two at most, and only one while another model is opened.
     """
 
     def __init__(self) -> None:
-        self._files: Any = None
-        self._runner: Any = None
-        self._stack = ExitStack()
+        self._held: dict[_Identity, tuple[Any, ExitStack]] = {}
 
     def open(self, reference: Artifact, opened: Callable[[Artifact], AbstractContextManager[Any]]) -> Any:
-        """The runner of the reference: the open one, or a new one in its place."""
-        files = _state_of_files(reference)
-        if self._runner is None or files != self._files:
-            self.close()
-            self._runner = self._stack.enter_context(opened(reference))
-            self._files = files
-        return self._runner
+        """The runner of the reference: an open one, or a new one. All others are let go."""
+        wanted = _identity(reference)
+        for other in [one for one in self._held if one != wanted]:
+            self._held.pop(other)[1].close()
+        if wanted not in self._held:
+            stack = ExitStack()
+            self._held[wanted] = stack.enter_context(opened(reference)), stack
+        return self._held[wanted][0]
+
+    def keep(self, model: Artifact, runner: Any, stack: ExitStack) -> None:
+        """Keep an open one for a proof that it is the reference of; `stack` closes it."""
+        identity = _identity(model)
+        if identity not in self._held:
+            self._held[identity] = runner, stack.pop_all()
 
     def close(self) -> None:
-        """Let go of it."""
-        self._stack.close()
-        self._runner = None
+        """Let go of them."""
+        while self._held:
+            self._held.popitem()[1][1].close()
 
 
-def _state_of_files(model: Artifact) -> Any:
-    folders = dict.fromkeys(folder for folder in (model.model, model.adapter) if folder is not None)
-    return model, [
-        (str(path), status.st_size, status.st_mtime_ns)
-        for folder in folders
-        for path in sorted(folder.iterdir())
-        if path.is_file() and (status := path.stat())
-    ]
+def _identity(model: Artifact) -> _Identity:
+    status = [path.stat() for path in files_to_run(model)]
+    files = sorted((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in status)
+    return model.kind, model.base_quantization, model.task, *files
 
 
 def prove(
@@ -73,7 +81,8 @@ def prove(
 ) -> dict[str, Any]:
     """Compare two models on text, as the engine records it. See `text_sequences` for the text.
 
-    With `kept` the reference stays open, for another candidate that is compared with it on the same text.
+    With `kept` the reference stays open, for another candidate that is compared with it on the same text, and so does a
+    candidate that ran block by block, for what is made of it.
     `reference` in the result says how the reference was computed: "layer by layer" or "whole".
     """
 
@@ -101,7 +110,8 @@ def prove(
             open_runner, trust_remote_code=context.trust_remote_code, blocks="always", on_block=on_block
         )
         first = stack.enter_context(opened(reference)) if kept is None else kept.open(reference, opened)
-        second = stack.enter_context(opened(candidate))
+        ours = stack.enter_context(ExitStack())
+        second = ours.enter_context(opened(candidate))
         limits = [one.context_length for one in (first, second) if one.context_length is not None]
         sequences = text_sequences(
             tokenizer,
@@ -115,4 +125,7 @@ def prove(
             context.emit(Message("warning", f"there is text for {found} tokens only, not {tokens}", context.step))
         result = compare(first, second, sequences, emit=context.emit, step=context.step)
         how = "layer by layer" if isinstance(first, LayerwiseRunner) else "whole"
+        # Its file stays open, and Windows moves no folder with an open file in it.
+        if kept is not None and isinstance(second, LayerwiseRunner) and os.name == "posix":
+            kept.keep(candidate, second, ours)
     return {**vars(result), "reference": how}

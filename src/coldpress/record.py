@@ -338,9 +338,10 @@ class TrialRecord(_Part):
     """From 1, in the order of trying."""
     settings: Mapping[str, Any]
     """Dimension -> value."""
-    state: Literal["feasible", "infeasible", "failed", "pruned"]
-    """feasible: measured, every goal met; infeasible: misses a goal, and what is dearer was not measured; failed: an
-    error; pruned: not run, because the plan proves that it is out of bounds."""
+    state: Literal["feasible", "infeasible", "unproved", "failed", "pruned"]
+    """feasible: measured and proved, every goal met; infeasible: misses a goal, and what is dearer was not measured;
+    unproved: not proved, out of the race: `why` names the trial that is no worse; failed: an error; pruned: not run,
+    because the plan proves that it is out of bounds."""
     why: str = ""
     """What stopped it."""
     violation: float = 0.0

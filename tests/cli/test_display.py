@@ -216,7 +216,8 @@ SEARCH: list[Event] = [
     TrialFinished(3, {"a.r": 1, "b.r": 2}, "infeasible", "perplexity 36, wanted at most 34", {}, 3.0, False),
     TrialFinished(4, {}, "failed", "loss is no number", {}, 2.0, False),
     TrialFinished(5, {"x": "y"}, "pruned", "size: its weights alone are 8.0 MB, allowed are 6.6 MB", {}, 0.0, False),
-    SearchFinished(5, 2, 1, "of 2 that meet every goal, the best in speed p50, 4 ms", 29.0),
+    TrialFinished(6, {"x": "z"}, "unproved", "trial 1 is no worse", {"speed p50": "4 ms"}, 1.0, False),
+    SearchFinished(6, 2, 1, "of 2 that meet every goal, the best in speed p50, 4 ms", 29.0, "", 1),
 ]
 
 
@@ -230,7 +231,8 @@ def test_lines_of_a_search() -> None:
         "trial  3  a.r 1, b.r 2  out: perplexity 36, wanted at most 34  3.0 s",
         "trial  4  as it is  failed: loss is no number  2.0 s",
         "trial  5  x y  not run: size: its weights alone are 8.0 MB, allowed are 6.6 MB",
-        f"search  2 of 5 trials meet every goal; trial 1 is handed over: {SEARCH[-1].why} (29 s)",  # type: ignore[union-attr]
+        "trial  6  x z  not proved, out of the race: trial 1 is no worse  speed p50 4 ms  1.0 s",
+        f"search  2 of 6 trials meet every goal, 1 out of the race; trial 1 is handed over: {SEARCH[-1].why} (29 s)",  # type: ignore[union-attr]
     ]
 
 

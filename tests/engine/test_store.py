@@ -75,11 +75,24 @@ def test_prune_keeps_what_a_kept_step_refers_to(store: Store, phi3: Path) -> Non
     commit(store, "child", phi3, refers_to=["base"])
     old = time.time() - 1000
     for key in ("base", "lone"):
-        os.utime(store.root / "steps" / key / "record.json", (old, old))
+        os.utime(store.root / "steps" / key, (old, old))
     removed, freed = store.prune(unused_for=500)
     assert [line.split()[-1] for line in removed] == ["lone"]
     assert freed >= 100
     assert {entry.key for entry in store.entries()} == {"base", "child"}
+
+
+def test_a_use_is_noted_and_changes_no_file(store: Store, phi3: Path) -> None:
+    """A proof keeps its reference open for as long as the files of its step are the same."""
+    commit(store, "k", phi3)
+    folder = store.root / "steps" / "k"
+    old = time.time() - 1000
+    os.utime(folder, (old, old))
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    entry = store.get("k", touch=True)
+    assert entry is not None
+    assert entry.last_used > old + 500
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
 def test_a_json_file_is_never_half_written(tmp_path: Path) -> None:

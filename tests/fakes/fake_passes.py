@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -40,6 +41,10 @@ class FakeConfig(Frozen):
     b: float = 0.0
     weights: int | None = None
     """Bytes that the result's weights have, as planned."""
+    size: int = 0
+    """Bytes that it adds to the model's files."""
+    max_kl: float | None = None
+    """Limit of its proof; below 0 no result passes."""
     even: bool = False
     """Refuse an odd a."""
 
@@ -63,7 +68,7 @@ class Fake:
         return Planned(spec, Estimate(ram=config.ram, disk=100, seconds=1.0), ("a fake",), config.weights)
 
     def limits(self, config: FakeConfig, spec: Spec) -> Limits | None:
-        return None
+        return None if config.max_kl is None else Limits(config.max_kl, 1.0)
 
     def run(self, config: FakeConfig, model: Artifact, ctx: Context) -> Artifact:
         (ctx.output / "half").write_text("written before anything goes wrong")
@@ -89,6 +94,13 @@ class Fake:
         figures["loss"] = figures.get("loss", 0.0) + config.a + config.b
         (ctx.output / "figures.json").write_text(json.dumps(figures))
         made = replace(model, path=ctx.output, tokenizer=model.tokenizer_path)
+        if config.size:
+            for file in model.model.iterdir():
+                if not file.name.endswith("record.json"):
+                    shutil.copyfile(file, ctx.output / file.name)
+            with (ctx.output / "config.json").open("a") as end:
+                end.write(" " * config.size)
+            made = replace(made, model=ctx.output, tokenizer=ctx.output)
         if config.behave == "wrong":
             (ctx.output / "genai_config.json").write_text("{}")
             return replace(made, kind="onnx", model=ctx.output)

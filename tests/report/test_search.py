@@ -169,6 +169,20 @@ def test_what_was_done_of_the_first_steps_alone_is_no_candidate() -> None:
     assert traces(history)["best so far"]["x"][0] == 7
 
 
+def test_what_was_not_proved_says_which_trial_is_no_worse() -> None:
+    search = made_up_search(10, state="feasible")
+    winner = search.trials[(search.winner or 0) - 1]
+    beaten = {"state": "unproved", "why": f"trial {winner.number} is no worse"}
+    some = tuple(one if one is winner else one.model_copy(update=beaten) for one in search.trials)
+    raced = search.model_copy(update={"trials": some, "front": (winner.number,)})
+    seen = Reader(page(raced)).text
+    assert seen.count("not proved, out of the race") >= 9
+    assert seen.count(f"trial {winner.number} is no worse") == 9
+    assert "1 feasible" in seen
+    assert "9 unproved" in seen
+    assert "not proved, out of the race" in traces(pareto_chart(raced, ()))
+
+
 @pytest.mark.parametrize(("last", "apart"), [(2, 1), (8, 1), (9, 2), (40, 5), (41, 10), (500, 100), (1000, 200)])
 def test_trials_are_counted_in_whole_numbers(last: int, apart: int) -> None:
     chart = history_chart(made_up_search(last, state="feasible"))

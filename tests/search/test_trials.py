@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from coldpress.config.metrics import Evaluator
 from coldpress.scores import GoalOutcome, Score
 from coldpress.search.objectives import Objective, dearness, loss, losses, objectives_of, violation
-from coldpress.search.trials import Trial, choose, dominates, front, nearest, total_violation
+from coldpress.search.trials import Trial, choose, dominates, front, nearest, no_worse, ranked, total_violation
 
 SPEED, QUALITY = Objective("speed", "speed", 1), Objective("quality", "quality", 2)
 
@@ -95,6 +95,62 @@ def test_the_front_is_what_nothing_dominates(pairs: list[tuple[int, int]]) -> No
     for mine, (a, b) in enumerate(pairs):
         beaten = any(c >= a and d >= b and (c, d) != (a, b) for c, d in pairs)
         assert (mine in found) is not beaten
+
+
+pairs_of_figures = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), min_size=1, max_size=12)
+
+
+@given(pairs_of_figures)
+@settings(max_examples=200, deadline=None)
+def test_what_is_put_out_of_the_race_changes_neither_winner_nor_front(rows: list[tuple[int, int, bool]]) -> None:
+    """`rows`: two figures and whether the proof would hold, in the order of trying."""
+    objectives = [SPEED, QUALITY]
+    everything: list[Trial] = []
+    raced: list[Trial] = []
+    for number, (a, b, holds) in enumerate(rows, 1):
+        scores = score("speed", a), score("quality", b)
+        proved = trial(number, *scores, state="feasible" if holds else "failed")
+        everything.append(proved)
+        rival = no_worse(scores, raced, objectives)
+        raced.append(proved if rival is None else trial(number, *scores, state="unproved", proved=False))
+
+    def figures(trials: list[Trial]) -> set[tuple[float | None, ...]]:
+        return {losses(objectives, one.scores) for one in trials}
+
+    assert figures(front(raced, objectives)) == figures(front(everything, objectives))
+    first, second = choose(raced, objectives), choose(everything, objectives)
+    assert (first is None) == (second is None)
+    if first is not None and second is not None:
+        assert first.trial.state == "feasible"
+        assert first.trial.number == second.trial.number
+
+
+def test_what_is_not_known_exactly_puts_nobody_out_of_the_race() -> None:
+    rival = trial(1, score("speed", 9), score("quality", 9))
+    better = score("speed", 1)
+    assert no_worse([better, score("quality", 1)], [rival], [SPEED, QUALITY]) is rival
+    assert no_worse([better], [rival], [SPEED]) is rival
+    assert no_worse([better], [rival], [SPEED, QUALITY]) is None, "not measured yet"
+    assert no_worse([better, score("quality", 1, error=0.1)], [rival], [SPEED, QUALITY]) is None
+    noisy = trial(1, score("speed", 9, error=0.1))
+    assert no_worse([better], [noisy], [SPEED]) is None
+    for state in ("infeasible", "unproved", "failed"):
+        assert no_worse([better], [trial(1, score("speed", 9), state=state)], [SPEED]) is None
+
+
+def test_what_is_not_proved_stands_behind_what_is() -> None:
+    trials = [
+        trial(1, score("speed", 1)),
+        trial(2, score("speed", 2, lacks=1), state="infeasible"),
+        trial(3, score("speed", 8), state="unproved"),
+        trial(4, score("speed", 9), state="unproved"),
+        trial(5, score("speed", 9), state="failed"),
+    ]
+    assert [one.number for one in ranked(trials, [SPEED])] == [1, 4, 3, 2]
+    assert [one.told for one in trials[2:4]] == [0, 0]
+    choice = choose(trials, [SPEED])
+    assert choice is not None
+    assert (choice.trial.number, choice.why) == (1, "it meets every goal; 2 more are no better and not proved")
 
 
 def test_dominance_is_strict_and_partial() -> None:

@@ -240,6 +240,7 @@ def _text(event: Event, width: int) -> str | None:
 _STATES = {
     "feasible": ("meets every goal", "green"),
     "infeasible": ("out", "yellow"),
+    "unproved": ("not proved, out of the race", "cyan"),
     "failed": ("failed", "red"),
     "pruned": ("not run", "cyan"),
 }
@@ -262,6 +263,7 @@ def _text_of_search(event: Event, trials: int) -> str | None:
         )
     if isinstance(event, SearchFinished):
         some = f"{event.feasible} of {event.trials} trials meet every goal"
+        some += f", {event.unproved} out of the race" if event.unproved else ""
         why = event.why if event.feasible else event.why.removeprefix("no trial meets every goal; ")
         chosen = "" if event.winner is None else f"; trial {event.winner} is handed over: {why}"
         ended = f"; it ended at {event.stopped}" if event.stopped else ""

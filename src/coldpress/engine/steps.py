@@ -58,13 +58,19 @@ class Steps:
     def _say(self, text: str, step: str) -> None:
         self._emit(Message("info", text, step))
 
-    def do(self, step: Step, model: Artifact) -> Entry:
-        """The finished step, from the store or worked on `model` now; raises StepError and its kin."""
+    def do(self, step: Step, model: Artifact, *, prove: bool = True) -> Entry:
+        """The finished step, from the store or worked on `model` now; raises StepError and its kin.
+
+        Without `prove` it may lie in the store unproved, until `prove` or whoever uses it next measures it.
+        """
         assert step.key is not None
         with self.locked(step):
             entry = self.plan.store.get(step.key, touch=True)
             cached = entry is not None
-            entry = self._work(step, model) if entry is None else self._proved(step, model, entry)
+            if entry is None:
+                entry = self._work(step, model, prove=prove)
+            elif prove:
+                entry = self._proved(step, model, entry)
         if cached and (told := logs_elsewhere(self.plan, step, entry)) is not None:
             self._say(told, step.name)
         result = _step_result(step, entry, cached)
@@ -82,7 +88,13 @@ class Steps:
         )
         return entry
 
-    def _work(self, step: Step, model: Artifact) -> Entry:
+    def prove(self, step: Step, model: Artifact, entry: Entry) -> None:
+        """Prove the step that was done last, where that was put off; raises ParityError beyond its limit."""
+        with self.locked(step):
+            entry = self._proved(step, model, self.plan.store.get(entry.key) or entry)
+        self.results[-1] = _step_result(step, entry, self.results[-1].cached)
+
+    def _work(self, step: Step, model: Artifact, *, prove: bool) -> Entry:
         """Run the pass, check what it made, prove it, commit it. On failure nothing of it stays but its checkpoints."""
         assert step.key is not None
         self._emit(StepStarted(step.name, step.type, step.key))
@@ -108,7 +120,7 @@ class Steps:
                 **{name: result[name] for name in ("seconds", "peak_bytes", "peak_anonymous_bytes")},
                 **({"logs": str(log_folder(self.plan, step))} if reporters_of(step) else {}),
             }
-            if step.limits is not None:
+            if prove and step.limits is not None:
                 record["parity"] = self._prove(step, model, artifact)
             entry = self.plan.store.commit(step.key, artifact, record)
             done = True

@@ -8,7 +8,8 @@
       logs/<step>.log       what the steps' processes printed
       digests.json          file digests, remembered by path, size, mtime and inode
 
-A step appears in `steps` by one rename, after everything in it reached the disk. Failures are never stored.
+A step appears in `steps` by one rename, after everything in it reached the disk. Failures are never stored. A record
+without `parity` is of a step that nobody proved yet; whoever needs it proved adds that (`steps`).
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Entry:
 
     @property
     def last_used(self) -> float:
-        """Seconds since the epoch."""
-        return (self.path / RECORD_FILE).stat().st_mtime
+        """Seconds since the epoch: the time of the folder, since a use must not look like a change of its files."""
+        return self.path.stat().st_mtime
 
     def artifact(self) -> Artifact:
         return Artifact.load(self.path)
@@ -182,7 +183,7 @@ class Store:
             return None
         if touch:
             with contextlib.suppress(OSError):
-                os.utime(entry.path / RECORD_FILE)
+                os.utime(entry.path)
         return entry
 
     def amend(self, entry: Entry, **more: Any) -> Entry:

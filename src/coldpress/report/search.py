@@ -20,6 +20,7 @@ _Placed = tuple[TrialRecord, ScoreRecord, ScoreRecord]
 _STATES: Mapping[str, str] = {
     "feasible": "meets every goal",
     "infeasible": "misses a goal",
+    "unproved": "not proved, out of the race",
     "failed": "failed",
     "pruned": "not run: provably out of bounds",
 }
@@ -32,6 +33,7 @@ _MANY = 100
 _MARKS: Mapping[str, tuple[str, str]] = {
     "feasible": (COLOURS[0], "circle"),
     "infeasible": (COLOURS[5], "circle-open"),
+    "unproved": (COLOURS[0], "circle-open"),
     "failed": (COLOURS[1], "x"),
     "pruned": (COLOURS[2], "square-open"),
 }

@@ -16,7 +16,7 @@ import functools
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -47,7 +47,7 @@ from coldpress.search.outlook import first_setting, most_trials
 from coldpress.search.recorded import figures, search_record
 from coldpress.search.samplers import check_sampler, make_sampler
 from coldpress.search.trial_run import Asked, Bench, Planned, again, plan_trial, run_trial
-from coldpress.search.trials import Choice, Trial, choose, nearest
+from coldpress.search.trials import Choice, Trial, choose, nearest, ranked
 from coldpress.units import settings_text
 
 __all__ = ["search"]
@@ -104,7 +104,7 @@ class _Search:
         threads = None if self._count == 1 else max(1, plan.hardware.threads // self._count)
         self._crews = [self._crew(f"trials-{number}", threads) for number in range(self._count)]
         measuring = self._crews[0] if self._count == 1 else self._crew("measuring", None)
-        self._bench = Bench(self._emit, measuring)
+        self._bench = Bench(self._emit, measuring, objectives=self.objectives)
         self._idle: queue.SimpleQueue[Crew] = queue.SimpleQueue()
         for crew in self._crews:
             self._idle.put(crew)
@@ -210,18 +210,10 @@ class _Search:
         found = list(self._tried(self.space.of_step(step), prefix, upto))
         if not deeper:
             return any(trial.state == "feasible" for trial in found)
-        return any(self._descend(deeper, trial.point) for trial in self._ranked(found))
-
-    def _ranked(self, trials: list[Trial]) -> list[Trial]:
-        """Best first, those without a model left out."""
-        left = [trial for trial in trials if trial.key is not None and trial.state != "failed"]
-        ordered: list[Trial] = []
-        while left:
-            choice = choose(left, self.objectives)
-            best = choice.trial if choice is not None else min(left, key=lambda one: (one.violation, one.number))
-            ordered.append(best)
-            left.remove(best)
-        return ordered
+        for trial in ranked(found, self.objectives):
+            if self._certain(trial, upto).state != "failed" and self._descend(deeper, trial.point):
+                return True
+        return False
 
     # -- trials -------------------------------------------------------------------------------------------------------
 
@@ -236,6 +228,7 @@ class _Search:
             self.strategy.sampler, space, objectives=len(self.objectives), seed=config.seed, budget=budget
         )
         running: deque[tuple[Point, Future[Trial]]] = deque()
+        done: list[Trial] = []
         samples = config.max_samples or space.size
         run = in_vain = 0
         exhausted = False
@@ -246,7 +239,8 @@ class _Search:
                     exhausted = point is None
                     if point is None:
                         break
-                    planned = self._plan({**prefix, **point}, steps, len(running))
+                    # Those told by now, and not whoever is done by now: that depends on the machine.
+                    planned = self._plan({**prefix, **point}, steps, len(running), tuple(done))
                     run += planned.refused is None  # what the plan rules out costs nothing, so it does not count
                     running.append((point, self._pool.submit(self._try, planned)))
                 if not running:
@@ -255,6 +249,7 @@ class _Search:
                     return
                 point, future = running.popleft()
                 trial = self._done(future.result())
+                done.append(trial)
                 sampler.tell(point, losses(self.objectives, trial.scores), trial.told)
                 yield trial
                 if self.strategy.stop_when_goals_met and steps is None and trial.state == "feasible":
@@ -276,10 +271,10 @@ class _Search:
             return f"max_time: {strategy.max_time:g} s"
         return ""
 
-    def _plan(self, point: Point, steps: int | None, running: int) -> Planned:
+    def _plan(self, point: Point, steps: int | None, running: int, rivals: tuple[Trial, ...]) -> Planned:
         """A trial that is to run beside the others."""
         number = len(self.trials) + running + 1
-        asked = Asked(number, point, self.space.settings(point), steps)
+        asked = Asked(number, point, self.space.settings(point), steps, rivals)
         planned = plan_trial(asked, self.loaded, self._bench.baselines, trust_remote_code=self.trust)
         twin = None if planned.plan is None else self._twin(planned.plan.steps[-1].key)
         if twin is None:
@@ -311,6 +306,21 @@ class _Search:
         if twin is not None:
             trial = dataclasses.replace(trial, same_as=twin.number)
         self.trials.append(trial)
+        self._tell(trial)
+        return trial
+
+    def _certain(self, trial: Trial, steps: int | None) -> Trial:
+        """A trial that is to be handed over or gone on with, proved now if it was not."""
+        if trial.proved:
+            return trial
+        asked = Asked(trial.number, trial.point, trial.settings, steps, certain=True)
+        planned = plan_trial(asked, self.loaded, self._bench.baselines, trust_remote_code=self.trust)
+        found = dataclasses.replace(self._try(planned), same_as=trial.same_as)
+        self.trials[trial.number - 1] = found
+        self._tell(found)
+        return found
+
+    def _tell(self, trial: Trial) -> None:
         choice = self._choice()
         best = choice is not None and choice.trial is trial
         self._emit(
@@ -324,7 +334,6 @@ class _Search:
                 best,
             )
         )
-        return trial
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -337,20 +346,33 @@ class _Search:
         return choose(self._whole(), self.objectives)
 
     def _conclude(self) -> tuple[Before, LoadedConfig]:
-        trials = self._whole()
-        choice = self._choice()
-        if choice is None:
-            choice = self._nearest(trials)
+        choice = self._final()
         record = self._record(choice)
-        feasible = sum(trial.state == "feasible" for trial in trials)
+        states = Counter(trial.state for trial in self._whole())
         self._emit(
-            SearchFinished(len(self.trials), feasible, choice.trial.number, choice.why, record.seconds, self.stopped)
+            SearchFinished(
+                len(self.trials),
+                states["feasible"],
+                choice.trial.number,
+                choice.why,
+                record.seconds,
+                self.stopped,
+                states["unproved"],
+            )
         )
         seconds = time.perf_counter() - self._started
         found = self.loaded.at(choice.trial.point)
         kept = found.workflow.model_copy(update={"clean_cache": False})  # its steps are those of this search
         before = Before(record, self.loaded, seconds, self._started_at, tuple(self.warnings))
         return before, dataclasses.replace(found, workflow=kept)
+
+    def _final(self) -> Choice:
+        """What is handed over: the best of those whose proof holds."""
+        while True:
+            choice = self._choice() or self._nearest(self._whole())
+            if choice.trial.proved:
+                return choice
+            self._certain(choice.trial, None)
 
     def _nearest(self, trials: list[Trial]) -> Choice:
         """Of trials of which none meets the goals, the one with a model that lacks the least."""

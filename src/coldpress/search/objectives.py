@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from coldpress.config.metrics import Evaluator, Metric
 from coldpress.scores import GoalOutcome, Score
 
-__all__ = ["Objective", "dearness", "loss", "losses", "missed", "objectives_of", "violation"]
+__all__ = ["Objective", "dearness", "is_cheap", "loss", "losses", "missed", "objectives_of", "violation"]
 
 _DEARNESS = (
     ("size_on_disk",),
@@ -63,6 +63,11 @@ def objectives_of(evaluators: Iterable[Evaluator]) -> tuple[Objective, ...]:
 def dearness(metric: Metric) -> tuple[int, bool]:
     """Sorts metrics in the order in which they are measured: what fails a goal fails early; of equals, goals first."""
     return _RANKS[metric.type], all(sub.goal is None for sub in metric.sub_types)
+
+
+def is_cheap(metric: Metric) -> bool:
+    """Whether it is read off the files, so that it is known before a proof would have begun."""
+    return _RANKS[metric.type] == 0
 
 
 def loss(score: Score) -> float:

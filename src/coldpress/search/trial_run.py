@@ -1,16 +1,21 @@
-"""One trial: its plan, its steps, and its measurements from cheap to dear for as long as it is in the race."""
+"""One trial: its plan, its steps, and its measurements from cheap to dear for as long as it is in the race.
+
+The proof of the last step stands between what is read off its files and what is measured by running it. (Steps before
+the last are proved as they are done: other trials go on from them.)
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from coldpress.artifacts.base import Artifact
 from coldpress.config.load import LoadedConfig
+from coldpress.config.metrics import Metric
 from coldpress.config.space import Point
 from coldpress.engine.crew import Crew
 from coldpress.engine.evaluation import Baselines, Evaluation
@@ -23,8 +28,8 @@ from coldpress.events import Sink
 from coldpress.goals import bound
 from coldpress.scores import Score
 from coldpress.search.gate import Gate
-from coldpress.search.objectives import Objective, dearness, missed
-from coldpress.search.trials import Trial, total_violation
+from coldpress.search.objectives import Objective, dearness, is_cheap, missed
+from coldpress.search.trials import Trial, no_worse, total_violation
 from coldpress.units import quantity
 
 __all__ = ["Asked", "Bench", "Planned", "again", "plan_trial", "run_trial", "unmeasured"]
@@ -43,6 +48,10 @@ class Asked:
     settings: Mapping[str, Any]
     steps: int | None = None
     """So many of the workflow's steps; None is all, and only then goals stop it."""
+    rivals: tuple[Trial, ...] = ()
+    """What it competes with: where one of them is no worse, nothing dear is done for it."""
+    certain: bool = False
+    """Its last step is to be proved, whatever is known of it before."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Bench:
     """Measures cost, with all the machine."""
     gate: Gate = field(default_factory=Gate)
     baselines: Baselines = field(default_factory=dict)
+    objectives: tuple[Objective, ...] = ()
     seen: set[str] = field(default_factory=set)
     """Keys of the steps that a trial asked for."""
     steps_run: int = 0
@@ -163,14 +173,16 @@ def run_trial(asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> Trial:
             seconds=time.perf_counter() - started,
         )  # fmt: skip
     unmet = missed(run.judged)
+    beaten = run.beaten_by is not None
     return _trial(
         asked,
-        "infeasible" if unmet else "feasible",
-        why="; ".join(_said(score) for score in unmet),
+        "unproved" if beaten else "infeasible" if unmet else "feasible",
+        why=f"trial {run.beaten_by} is no worse" if beaten else "; ".join(_said(score) for score in unmet),
         violation=total_violation(run.judged),
         scores=tuple(run.scores),
         key=run.key,
         seconds=time.perf_counter() - started,
+        proved=run.proved,
     )
 
 
@@ -186,6 +198,9 @@ class _Run:
         """Scores whose goals decide."""
         self.key: str | None = None
         """Of the last step, once it is done."""
+        self.proved = False
+        self.beaten_by: int | None = None
+        """Number of a rival that is no worse."""
 
     def go(self) -> None:
         """All steps; after each what its evaluator asks, until a goal is missed."""
@@ -201,23 +216,29 @@ class _Run:
             if fresh:
                 with self.steps.locked(step):
                     self.plan.store.forget(step.key)
-            entry = self.steps.do(step, model)
+            entry = self.steps.do(step, model, prove=not last)
             with self.bench.lock:
                 if self.steps.results[-1].cached:
                     self.bench.steps_shared += 1
                 else:
                     self.bench.steps_run += 1
-            model, key = entry.artifact(), entry.key
+            before, model, key = model, entry.artifact(), entry.key
+            metrics = sorted(self.evaluation.metrics_of(step, last=last), key=lambda pair: dearness(pair[0]))
+            met = self._measured([one for one in metrics if is_cheap(one[0])], step, model, key)
             if last:
                 self.key = key
-            if not self._measured(step, model, key, last=last):
+                self.proved = step.limits is None or self.asked.certain or (met and self._in_race(step))
+                if self.proved:
+                    self.steps.prove(step, before, entry)
+            if not met or self.beaten_by is not None:
+                return
+            if not self._measured([one for one in metrics if not is_cheap(one[0])], step, model, key):
                 return
 
-    def _measured(self, step: Step, model: Artifact, key: str, *, last: bool) -> bool:
-        """Measure a result, cheap metrics first; False as soon as a goal is missed."""
+    def _measured(self, metrics: Sequence[tuple[Metric, bool]], step: Step, model: Artifact, key: str) -> bool:
+        """Measure a result; False as soon as a goal is missed."""
         whole = self.asked.steps is None
-        metrics = self.evaluation.metrics_of(step, last=last)
-        for metric, decides in sorted(metrics, key=lambda pair: dearness(pair[0])):
+        for metric, decides in metrics:
             found = self.evaluation.measure(metric, step.name, model, key, decides=decides)
             self.scores += found
             if whole or metric.type in _QUALITY:
@@ -225,6 +246,13 @@ class _Run:
             if whole and missed(found):
                 return False
         return True
+
+    def _in_race(self, step: Step) -> bool:
+        """Whether the last step's result may still be chosen, as far as is known before its proof."""
+        own = [score for score in self.scores if score.model == step.name]
+        rival = no_worse(own, self.asked.rivals, self.bench.objectives)
+        self.beaten_by = None if rival is None else rival.number
+        return rival is None
 
     def _perform(
         self, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any

@@ -1,7 +1,8 @@
 """Trials of a search, and what is concluded from them: the winner and why, the Pareto front, the nearest misses.
 
-States: feasible (measured, and every goal met), infeasible (misses a goal; what is dearer was then not measured),
-failed (a step or a measurement ended with an error), pruned (the plan proves that it is out of bounds: never run).
+States: feasible (measured, proved, and every goal met), infeasible (misses a goal; what is dearer was then not
+measured), unproved (another trial is no worse in every objective, so neither proved nor measured further), failed (a
+step, its proof or a measurement ended with an error), pruned (the plan proves that it is out of bounds: never run).
 """
 
 from __future__ import annotations
@@ -16,9 +17,20 @@ from coldpress.search.objectives import Objective, loss, losses, missed, violati
 from coldpress.summary import SURE
 from coldpress.units import quantity
 
-__all__ = ["Choice", "State", "Trial", "choose", "dominates", "front", "nearest", "total_violation"]
+__all__ = [
+    "Choice",
+    "State",
+    "Trial",
+    "choose",
+    "dominates",
+    "front",
+    "nearest",
+    "no_worse",
+    "ranked",
+    "total_violation",
+]
 
-State: TypeAlias = Literal["feasible", "infeasible", "failed", "pruned"]
+State: TypeAlias = Literal["feasible", "infeasible", "unproved", "failed", "pruned"]
 _UNRANKED = 1e6
 """Violation of a trial that has no model: more than any goal's."""
 
@@ -43,11 +55,14 @@ class Trial:
     seconds: float = 0.0
     same_as: int | None = None
     """Trial that made the very same model."""
+    proved: bool = True
+    """Whether its last step is, or needs no proof."""
 
     @property
     def told(self) -> float:
         """Violation as the sampler is told it."""
-        return self.violation if self.state in ("feasible", "infeasible") or self.violation else _UNRANKED
+        known = self.state in ("feasible", "infeasible", "unproved")
+        return self.violation if known or self.violation else _UNRANKED
 
 
 @dataclass(frozen=True)
@@ -81,11 +96,26 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Choice |
         else:
             reasons.append(f"as good as the best in {figure} ({len(left)} are, within two standard errors)")
     winner = min(left, key=lambda trial: _key(trial, objectives))
+    out = sum(trial.state == "unproved" and trial.same_as is None for trial in trials)
     if feasible == 1:
-        return Choice(winner, "the only one that meets every goal")
-    if not reasons:
-        return Choice(winner, f"the first of {feasible} that meet every goal")
-    return Choice(winner, f"of {feasible} that meet every goal, {' and '.join(reasons)}")
+        why = "it meets every goal" if out else "the only one that meets every goal"
+    elif not reasons:
+        why = f"the first of {feasible} that meet every goal"
+    else:
+        why = f"of {feasible} that meet every goal, {' and '.join(reasons)}"
+    return Choice(winner, f"{why}; {out} more {'are' if out > 1 else 'is'} no better and not proved" if out else why)
+
+
+def ranked(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+    """Best first: the feasible ones, then those that are not proved, then by what they lack; none without a model."""
+    left = [trial for trial in trials if trial.key is not None and trial.state != "failed"]
+    ordered: list[Trial] = []
+    while left:
+        choice = choose(left, objectives)
+        best = choice.trial if choice else min(left, key=lambda one: (one.violation, *_key(one, objectives)))
+        ordered.append(best)
+        left.remove(best)
+    return ordered
 
 
 def _key(trial: Trial, objectives: Sequence[Objective]) -> tuple[float, ...]:
@@ -102,6 +132,26 @@ def dominates(mine: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether losses are nowhere greater, and somewhere less."""
     pairs = list(zip(mine, theirs, strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def no_worse(scores: Sequence[Score], rivals: Sequence[Trial], objectives: Sequence[Objective]) -> Trial | None:
+    """The first of the rivals that is feasible and at least as good in every objective.
+
+    None as long as an objective was not measured, or has a standard error: within it either may be chosen.
+    """
+    mine = _exact(scores, objectives)
+    for rival in rivals:
+        theirs = _exact(rival.scores, objectives) if rival.state == "feasible" else None
+        if mine is not None and theirs is not None and all(a <= b for a, b in zip(theirs, mine, strict=True)):
+            return rival
+    return None
+
+
+def _exact(scores: Sequence[Score], objectives: Sequence[Objective]) -> list[float] | None:
+    """Losses of all objectives; None where one is not known, or not exactly."""
+    found = [objective.of(scores) for objective in objectives]
+    known = [loss(score) for score in found if score is not None and not score.standard_error]
+    return known if len(known) == len(objectives) else None
 
 
 def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
