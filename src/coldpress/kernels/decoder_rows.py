@@ -172,17 +172,17 @@ def _gate(first: Any, last: Any, both: Any, y: Any) -> None:
 
 def _gate_backward(first: Any, last: Any, dy: Any, both: Any, gradient: Any) -> None:
     d = dy.shape[1]
+    shares = np.empty(d, np.float32)
     for row in range(first, last):
         gate, up, upstream = both[row, :d], both[row, d:], dy[row]
         for_gate, for_up = gradient[row, :d], gradient[row, d:]
         for i in range(d):
-            g = _load(gate[i])
-            share = np.float32(1) / (np.float32(1) + _exp(-g))
-            slope = share * (np.float32(1) + g * (np.float32(1) - share))
+            shares[i] = np.float32(1) / (np.float32(1) + _exp(-_load(gate[i])))
+        for i in range(d):
+            slope = shares[i] * (np.float32(1) + _load(gate[i]) * (np.float32(1) - shares[i]))
             for_gate[i] = _store(_load(upstream[i]) * _load(up[i]) * slope, gate[i])
         for i in range(d):
-            g = _load(gate[i])
-            for_up[i] = _store(_load(upstream[i]) * g / (np.float32(1) + _exp(-g)), gate[i])
+            for_up[i] = _store(_load(upstream[i]) * _load(gate[i]) * shares[i], gate[i])
 
 
 def _dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any, y: Any) -> None:
@@ -249,7 +249,8 @@ def _spread(first: Any, last: Any, row: Any, take: Any, cos: Any, sin: Any, turn
                 continue
             own = row[token, start : start + size]
             if head >= turned:
-                out[:] = own
+                for i in range(size):
+                    out[i] = own[i]
                 continue
             _turn(own[:half], own[half:], cos[token], sin[token], np.float32(1), out[:half], out[half:])
 
@@ -265,7 +266,8 @@ def _join(first: Any, last: Any, states: Any, take: Any, cos: Any, sin: Any, tur
             own, start = states[head, place], head * size
             out = row[token, start : start + size]
             if head >= turned:
-                out[:] = own
+                for i in range(size):
+                    out[i] = own[i]
                 continue
             _turn(own[:half], own[half:], cos[token], sin[token], np.float32(-1), out[:half], out[half:])
 

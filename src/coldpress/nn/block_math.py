@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -45,10 +45,10 @@ class Dropout:
 
     seeds: tuple[int, int]
     probability: float
+    limit: int = field(init=False)
 
-    @property
-    def arguments(self) -> tuple[int, int, int]:
-        return (*self.seeds, drop_limit(self.probability))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", drop_limit(self.probability))
 
 
 def draw_seeds(count: int) -> list[tuple[int, int]]:
@@ -91,13 +91,13 @@ def dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     if dropout is None:
         return x
     out = torch.empty_like(x)
-    _run(_kernels(x).dropped, x.numel(), x.shape[0], x, *dropout.arguments, out)
+    _run(_kernels(x).dropped, x.numel(), x.shape[0], x, *dropout.seeds, dropout.limit, out)
     return out
 
 
 def add_dropped(onto: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> None:
     """`dropped(x)` added in place."""
-    _run(_kernels(x).add_dropped, x.numel(), x.shape[0], x, *dropout.arguments, onto)
+    _run(_kernels(x).add_dropped, x.numel(), x.shape[0], x, *dropout.seeds, dropout.limit, onto)
 
 
 def softmax_(scores: torch.Tensor, scale: float) -> torch.Tensor:
@@ -127,7 +127,12 @@ def join(
 
 
 def _kernels(x: torch.Tensor) -> DecoderRows:
-    return decoder_rows(TYPES[x.dtype])
+    return _of_type(x.dtype)
+
+
+@functools.cache
+def _of_type(dtype: torch.dtype) -> DecoderRows:
+    return decoder_rows(TYPES[dtype])
 
 
 def _run(kernel: Callable[..., None], numbers: int, count: int, *arguments: Any) -> None:
