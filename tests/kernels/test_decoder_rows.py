@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from coldpress.kernels.decoder_rows import FILLING, DecoderRows, decoder_rows, drop_limit
+from coldpress.kernels.decoder_rows import DecoderRows, decoder_rows
 
 DTYPES = ("float32", "bfloat16")
 # Results are rounded once, to 24 or 8 bits, by half a unit in the last place; sums and powers are float32's.
 ROUNDED = {"float32": 2e-6, "bfloat16": 2.0**-8}
 T, D = 7, 37
+FILLING = -1
 
 Array = npt.NDArray[Any]
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
@@ -49,6 +50,10 @@ class Numbers:
 @pytest.fixture
 def numbers(dtype: str) -> Numbers:
     return Numbers(dtype)
+
+
+def limit(rate: float) -> int:
+    return round(rate * 2**32)
 
 
 def silu(g: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -92,7 +97,7 @@ def test_gate_and_its_gradient(numbers: Numbers) -> None:
 def test_dropout_keeps_as_many_as_the_rate_says(numbers: Numbers, rate: float) -> None:
     x = numbers.words(np.ones((1000, 1001)))
     y, onto = np.empty_like(x), x.copy()
-    numbers.kernels.dropped(0, 1000, x, 1, 2, drop_limit(rate), y)
+    numbers.kernels.dropped(0, 1000, x, 1, 2, limit(rate), y)
     stays = numbers.value(y)
     assert set(np.unique(stays)) == ({0.0, 1.0} if rate else {1.0})
     # Six standard errors of a million draws; rows, columns and neighbours are alike in that.
@@ -101,7 +106,7 @@ def test_dropout_keeps_as_many_as_the_rate_says(numbers: Numbers, rate: float) -
     for axis in (0, 1):
         assert np.abs(stays.mean(axis) - (1 - rate)).max() <= error * np.sqrt(1000) + 1e-12
         assert (stays * np.roll(stays, 1, axis)).mean() == pytest.approx((1 - rate) ** 2, abs=2 * error + 1e-12)
-    numbers.kernels.add_dropped(0, 1000, x, 1, 2, drop_limit(rate), onto)
+    numbers.kernels.add_dropped(0, 1000, x, 1, 2, limit(rate), onto)
     assert (numbers.value(onto) == 1 + stays).all(), "the same mask"
 
 
@@ -110,7 +115,7 @@ def test_other_seeds_are_another_mask(numbers: Numbers) -> None:
     masks = []
     for seeds in ((1, 2), (1, 3), (2, 2), (2**32 - 1, 2**31)):
         y = np.empty_like(x)
-        numbers.kernels.dropped(0, 1000, x, *seeds, drop_limit(0.5), y)
+        numbers.kernels.dropped(0, 1000, x, *seeds, limit(0.5), y)
         masks.append(numbers.value(y))
     for place, one in enumerate(masks):
         for other in masks[:place]:
@@ -158,6 +163,6 @@ def test_parts_are_the_whole(numbers: Numbers) -> None:
         k.norm(first, last, x, w, 1e-5, parts, q)
     assert (whole == parts).all()
     for first, last in ((0, 2), (2, T)):
-        k.dropped(first, last, x, 5, 6, drop_limit(0.5), parts)
-    k.dropped(0, T, x, 5, 6, drop_limit(0.5), whole)
+        k.dropped(first, last, x, 5, 6, limit(0.5), parts)
+    k.dropped(0, T, x, 5, 6, limit(0.5), whole)
     assert (whole == parts).all()

@@ -27,10 +27,7 @@ import numba
 import numba.extending
 import numpy as np
 
-__all__ = ["FILLING", "DecoderRows", "decoder_rows", "drop_limit"]
-
-FILLING = -1
-"""A position of `take` at which no token stands."""
+__all__ = ["DecoderRows", "decoder_rows"]
 
 Kernel = Callable[..., None]
 
@@ -48,7 +45,7 @@ class DecoderRows:
     gate_backward: Kernel
     """dy [T, d], [g | u] [T, 2 d], their gradient [T, 2 d]."""
     dropped: Kernel
-    """x [T, d], seed, seed, limit, y [T, d]."""
+    """x [T, d], seed, seed, limit, y [T, d]: hashes below the limit (of 2^32) drop their value."""
     add_dropped: Kernel
     """x [T, d], seed, seed, limit, y [T, d]: m x is added to y."""
     softmax: Kernel
@@ -56,14 +53,9 @@ class DecoderRows:
     softmax_backward: Kernel
     """dP [H n, L, L] becomes s dS in place, P, s."""
     spread: Kernel
-    """row [T, H D], take [n L] int32, cos and sin [T, D], R, states [H, n L, D]; over the n L positions."""
+    """row [T, H D], take [n L] int32 (below 0: no token), cos and sin [T, D], R, states [H, n L, D]; over positions."""
     join: Kernel
-    """states [H, n L, D], take, cos, sin, R, row [T, H D]: turned the other way round; over the n L positions."""
-
-
-def drop_limit(dropped: float) -> int:
-    """Hashes below it drop their value, with this probability."""
-    return min(round(dropped * 2**32), 2**32 - 1)
+    """states [H, n L, D], take, cos, sin, R, row [T, H D]: turned the other way round; over positions."""
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

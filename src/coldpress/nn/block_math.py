@@ -10,13 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coldpress.kernels.decoder_rows import DecoderRows, decoder_rows, drop_limit
+if TYPE_CHECKING:
+    from coldpress.kernels.decoder_rows import DecoderRows
 
 __all__ = [
+    "FILLING",
     "TYPES",
     "Dropout",
     "add_dropped",
@@ -35,6 +37,8 @@ __all__ = [
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels compute in, and their name for it."""
 
+FILLING = -1
+"""A position of `take` at which no token stands."""
 SHARED = 1 << 18
 """Numbers below which one thread is as quick: handing over takes some 50 microseconds."""
 
@@ -46,9 +50,10 @@ class Dropout:
     seeds: tuple[int, int]
     probability: float
     limit: int = field(init=False)
+    """Hashes below it drop their value."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", drop_limit(self.probability))
+        object.__setattr__(self, "limit", min(round(self.probability * 2**32), 2**32 - 1))
 
 
 def draw_seeds(count: int) -> list[tuple[int, int]]:
@@ -132,6 +137,8 @@ def _kernels(x: torch.Tensor) -> DecoderRows:
 
 @functools.cache
 def _of_type(dtype: torch.dtype) -> DecoderRows:
+    from coldpress.kernels.decoder_rows import decoder_rows  # Numba: most of a second, which a short training is spared
+
     return decoder_rows(TYPES[dtype])
 
 

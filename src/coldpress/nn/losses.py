@@ -66,11 +66,16 @@ def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def loss_of(
-    model: Any, sequences: Sequence[TokenSequence], *, autocast: torch.dtype | None, plain: bool = False
+    model: Any,
+    sequences: Sequence[TokenSequence],
+    *,
+    autocast: torch.dtype | None,
+    plain: bool = False,
+    whole_layers: bool = True,
 ) -> Iterator[Loss]:
     """`model` is Transformers' or PEFT's on it; `autocast`: the type of products, if not its own.
 
-    `plain` leaves its layers as they are, for torch.compile.
+    `plain` leaves its layers as they are, for torch.compile. Without `whole_layers` only their parts are replaced.
     """
     if plain:  # torch.compile fuses by itself, and cannot look into what is put in place here
         yield Loss("padded" if sequences[0].target is None else "classes")
@@ -85,7 +90,7 @@ def loss_of(
     with ExitStack() as stack:
         fused = stack.enter_context(fused_layers(model))
         packed = None
-        for blocks in (True, False):
+        for blocks in (True, False) if whole_layers else (False,):
             if packed is None and expected is not None:
                 packed = _try_packed(model, causal, sample, expected, autocast, stack, fused if blocks else None)
         apart = _rope_switch(causal.config)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coldpress.kernels.decoder_rows import FILLING
-from coldpress.nn.block_math import join, softmax_, softmax_backward_, spread
+from coldpress.nn.block_math import FILLING, join, softmax_, softmax_backward_, spread
 from coldpress.nn.packed_attention import Bucket, Segments
 
 __all__ = ["Attended", "Heads", "Places", "attend", "attend_backward", "places_of"]

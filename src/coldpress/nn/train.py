@@ -33,6 +33,9 @@ __all__ = ["Batching", "Stopping", "TrainingReport", "last_checkpoint", "train"]
 DEFAULT_ROWS = 8
 """Of a batch, where the config does not say (Transformers' default)."""
 
+SHORT_FLOPS = 5e11
+"""Of a training (6 to each parameter and token) that one CPU core is done with in some seconds."""
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -169,7 +172,7 @@ def train(
     with (
         _stop_signals(watch),
         imports.quiet_renames(),
-        loss_of(model, sequences, autocast=autocast, plain=bool(checked.torch_compile)) as loss,
+        loss_of(model, sequences, autocast=autocast, **_form(model, sequences, checked)) as loss,
         told as reporters,
         ExitStack() as stack,
     ):
@@ -201,6 +204,15 @@ def train(
         fused=dict(loss.fused.counts),
         ranks=ranks.ranks(),
     )
+
+
+def _form(model: Any, sequences: Sequence[TokenSequence], checked: Any) -> dict[str, bool]:
+    """How far a model's layers are replaced: a short training is over before whole ones pay for their making."""
+    rows = checked.per_device_train_batch_size
+    steps = checked.max_steps if checked.max_steps > 0 else len(sequences) / rows * checked.num_train_epochs
+    tokens = sum(len(one.ids) for one in sequences) / len(sequences) * rows * steps
+    parameters = sum(one.numel() for one in model.parameters())
+    return {"plain": bool(checked.torch_compile), "whole_layers": 6 * parameters * tokens > SHORT_FLOPS}
 
 
 def _settled(loss: Any, model: Any, checked: Any, step: str, emit: Sink) -> None:
