@@ -54,6 +54,19 @@ def test_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 4
 
 
+def test_a_training_gets_all_threads_though_what_was_before_it_had_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof that a worker made beside another program leaves torch with one thread; that is no limit for the next."""
+    now = [0.0]
+    outer = Threads(4, clock=lambda: now[0], waited=lambda: now[0])
+    monkeypatch.setattr("coldpress.nn.threads._current", [outer])
+    now[0] = 1.0
+    outer.tick()
+    assert torch.get_num_threads() == 1
+    with threads_for(model(1024), [TokenSequence([1] * 64, [1] * 64)], 8, 4096, "train", lambda event: None):
+        assert torch.get_num_threads() == 4
+    assert torch.get_num_threads() == 4
+
+
 class Machine:
     """A clock, and how long threads have waited for a processor."""
 
@@ -88,14 +101,14 @@ def test_one_thread_beside_another_program() -> None:
 
 def test_a_busy_machine_is_noticed() -> None:
     """On the real clock, by what the system says of waiting: more threads than processors."""
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this system does not tell how long threads wait")
     threads = Threads(2)
     before = threads._waited()
     with _busy(2 * (os.cpu_count() or 1)):
         deadline = time.monotonic() + 10
         while threads._waited() - before < 0.2 and time.monotonic() < deadline:
             sum(range(10_000))
-    if not Path("/proc/self/schedstat").exists():
-        pytest.skip("this system does not tell how long threads wait")
     assert threads._waited() - before >= 0.2
 
 

@@ -49,16 +49,18 @@ class Threads:
         self.most = most
         self._say, self._clock, self._waited = say, clock, waited or _waited
         self._hold = HOLD_SECONDS[0]
-        self._now, self._since, self._next, self._before = most, 0.0, 0.0, 0.0
-        self._use(most)
+        self.now = most
+        """In use."""
+        self._since = self._next = self._before = 0.0
+        self.start()
 
     def tick(self) -> None:
         """To be called often, from the thread that computes."""
         now = self._clock()
         if self.most < 2 or now < self._next:
             return
-        if self._now == 1:
-            self._use(self.most)
+        if self.now == 1:
+            self.start()
             return
         if self._waited() - self._before > CROWDED * (now - self._since):
             self._use(1)
@@ -70,8 +72,12 @@ class Threads:
             self._hold = max(self._hold / 2, HOLD_SECONDS[0])
             self._look_from(now)
 
+    def start(self) -> None:
+        """All of them, whatever was before."""
+        self._use(self.most)
+
     def _use(self, threads: int) -> None:
-        self._now = threads
+        self.now = threads
         torch.set_num_threads(threads)
         self._look_from(self._clock())
 
@@ -94,9 +100,15 @@ _current: list[Threads] = []
 
 def tick() -> None:
     """Between two pieces of a long computation with torch on the CPU."""
-    if not _current:
-        _current.append(Threads(torch.get_num_threads()))
-    _current[-1].tick()
+    _innermost().tick()
+
+
+def _innermost() -> Threads:
+    """Made anew where somebody else has told torch how many threads to use since."""
+    threads = torch.get_num_threads()
+    if not _current or _current[-1].now != threads:
+        _current[-1:] = [Threads(threads)]
+    return _current[-1]
 
 
 @contextmanager
@@ -107,7 +119,8 @@ def threads_for(
 
     What the user says in OMP_NUM_THREADS is the number where nothing else wants the processors.
     """
-    before = torch.get_num_threads()
+    outer = _innermost()
+    before = outer.most  # and not what torch uses now, which may be one beside another program
     width = getattr(model.config, "hidden_size", None)
     if next(model.parameters()).device.type != "cpu" or before == 1:
         yield
@@ -125,4 +138,4 @@ def threads_for(
         yield
     finally:
         _current.pop()
-        torch.set_num_threads(before)
+        outer.start()
