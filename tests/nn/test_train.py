@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -70,19 +71,21 @@ def run(
     stopping: Stopping | None = None,
     **arguments: Any,
 ) -> tuple[TrainingReport, Any]:
+    """As a long training computes, with whole layers, though it is short."""
     model = adapted(folder, dropout)
-    report = train(
-        model,
-        sequences(),
-        sequences(3),
-        arguments={**ARGUMENTS, **arguments},
-        pad_id=258,
-        work=work,
-        step="t",
-        emit=emit,
-        batching=batching,
-        stopping=stopping,
-    )
+    with mock.patch("coldpress.nn.train.SHORT_FLOPS", 0):
+        report = train(
+            model,
+            sequences(),
+            sequences(3),
+            arguments={**ARGUMENTS, **arguments},
+            pad_id=258,
+            work=work,
+            step="t",
+            emit=emit,
+            batching=batching,
+            stopping=stopping,
+        )
     return report, {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
@@ -109,6 +112,17 @@ def test_report(uninterrupted: tuple[TrainingReport, Any]) -> None:
     # Trainer logs the same losses, rounded to nothing.
     assert [point["loss"] for point in report.log if "loss" in point] == pytest.approx(report.losses, rel=1e-6)
     assert report.resumed_from is None
+
+
+def test_a_short_training_is_spared_whole_layers(
+    tiny_phi3: Path, tmp_path: Path, uninterrupted: tuple[TrainingReport, Any]
+) -> None:
+    model = adapted(tiny_phi3)
+    report = train(
+        model, sequences(), None, arguments=ARGUMENTS, pad_id=258, work=tmp_path, step="t", emit=lambda event: None
+    )
+    assert "decoder layer" in uninterrupted[0].fused
+    assert "decoder layer" not in report.fused
 
 
 def test_progress_and_evaluation(tiny_phi3: Path, tmp_path: Path) -> None:

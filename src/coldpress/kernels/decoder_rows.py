@@ -18,7 +18,6 @@ without the GIL, so that threads can share one call.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,8 @@ from typing import Any
 import numba
 import numba.extending
 import numpy as np
+
+from coldpress.kernels.low_rank import bits_as_float
 
 __all__ = ["DecoderRows", "decoder_rows"]
 
@@ -89,16 +90,6 @@ def _store(typing: Any, number: Any, like: Any) -> Any:
     return like(numba.types.float32, like), make
 
 
-@numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _float_of(typing: Any, bits: Any) -> Any:
-    """A uint32 as the float32 of the same bits."""
-
-    def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], context.get_value_type(numba.types.float32))
-
-    return numba.types.float32(numba.types.uint32), make
-
-
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _exp(x: Any) -> Any:
     """e^x to 1e-6 of itself; beyond 2^-126 and 2^126 it stays there. 2^n times the series of 2^r, |r| <= 1/2."""
@@ -112,7 +103,7 @@ def _exp(x: Any) -> Any:
     p = p * r + np.float32(2.4022651e-1)
     p = p * r + np.float32(6.9314718e-1)
     p = p * r + np.float32(1)
-    return p * _float_of(np.uint32(np.uint32(n + np.int32(127)) << np.uint32(23)))
+    return p * bits_as_float(np.uint32(np.uint32(n + np.int32(127)) << np.uint32(23)))
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
@@ -274,17 +265,10 @@ def _turn(a: Any, b: Any, cos: Any, sin: Any, sign: Any, out_a: Any, out_b: Any)
 
 # -- machine code ------------------------------------------------------------------------------------------------------
 
-_COMPILING = threading.Lock()
-
-
-def decoder_rows(dtype: str) -> DecoderRows:
-    """The kernels for "float32" or "bfloat16": compiled at first use, then read from Numba's cache."""
-    with _COMPILING:
-        return _made(dtype)
-
 
 @functools.cache
-def _made(dtype: str) -> DecoderRows:
+def decoder_rows(dtype: str) -> DecoderRows:
+    """The kernels for "float32" or "bfloat16": compiled at first use, then read from Numba's cache."""
     t = numba.types
     word: Any = {"bfloat16": t.uint16, "float32": t.float32}[dtype]
     vector, matrix, cube = word[::1], word[:, ::1], word[:, :, ::1]

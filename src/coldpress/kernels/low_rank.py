@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from coldpress.kernels.quantize import bit_patterns
 
-__all__ = ["add_product"]
+__all__ = ["add_product", "bits_as_float"]
 
 COLUMNS = 1024
 """Columns that are worked on at a time: eight rows of A and four of the sum fill 48 KiB."""
@@ -92,7 +92,7 @@ def _rows(words: Any, shift: Any, b: Any, a: Any, out: Any) -> None:
 
 
 @numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _bits_as_float(typing: Any, bits: Any) -> Any:
+def bits_as_float(typing: Any, bits: Any) -> Any:
     """A uint32 as the float32 of the same bits."""
 
     def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -102,7 +102,7 @@ def _bits_as_float(typing: Any, bits: Any) -> Any:
 
 
 def _as_float(word: Any, shift: Any) -> Any:
-    return _bits_as_float(np.uint32(np.uint32(word) << shift))
+    return bits_as_float(np.uint32(np.uint32(word) << shift))
 
 
 def _eight(x: Any, j: Any) -> Any:

@@ -40,7 +40,7 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FILLING = -1
 """A position of `take` at which no token stands."""
 SHARED = 1 << 18
-"""Numbers below which one thread is as quick: handing over takes some 50 microseconds."""
+"""Numbers that are worth another thread."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _kernels(x: torch.Tensor) -> DecoderRows:
 
 @functools.cache
 def _of_type(dtype: torch.dtype) -> DecoderRows:
-    from coldpress.kernels.decoder_rows import decoder_rows  # Numba: most of a second, which a short training is spared
+    from coldpress.kernels.decoder_rows import decoder_rows  # with Numba, which a short training is spared
 
     return decoder_rows(TYPES[dtype])
 

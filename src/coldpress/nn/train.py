@@ -172,7 +172,13 @@ def train(
     with (
         _stop_signals(watch),
         imports.quiet_renames(),
-        loss_of(model, sequences, autocast=autocast, **_form(model, sequences, checked)) as loss,
+        loss_of(
+            model,
+            sequences,
+            autocast=autocast,
+            plain=bool(checked.torch_compile),
+            whole_layers=_worth_whole_layers(model, sequences, checked),
+        ) as loss,
         told as reporters,
         ExitStack() as stack,
     ):
@@ -206,13 +212,13 @@ def train(
     )
 
 
-def _form(model: Any, sequences: Sequence[TokenSequence], checked: Any) -> dict[str, bool]:
-    """How far a model's layers are replaced: a short training is over before whole ones pay for their making."""
+def _worth_whole_layers(model: Any, sequences: Sequence[TokenSequence], checked: Any) -> bool:
+    """A short training is over before they pay for their making."""
     rows = checked.per_device_train_batch_size
     steps = checked.max_steps if checked.max_steps > 0 else len(sequences) / rows * checked.num_train_epochs
     tokens = sum(len(one.ids) for one in sequences) / len(sequences) * rows * steps
     parameters = sum(one.numel() for one in model.parameters())
-    return {"plain": bool(checked.torch_compile), "whole_layers": 6 * parameters * tokens > SHORT_FLOPS}
+    return bool(6 * parameters * tokens > SHORT_FLOPS)
 
 
 def _settled(loss: Any, model: Any, checked: Any, step: str, emit: Sink) -> None:
