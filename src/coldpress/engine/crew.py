@@ -13,7 +13,7 @@ from coldpress.config.rules_passes import TRAINING_PASSES
 from coldpress.engine.logs import log_folder
 from coldpress.engine.plan import Plan, Step
 from coldpress.errors import Interrupted
-from coldpress.events import Event, Sink
+from coldpress.events import Sink
 from coldpress.registry import PASSES
 from coldpress.systems.group import WorkerGroup
 from coldpress.systems.job import Job, artifact_to_dict
@@ -34,11 +34,10 @@ class Crew:
         self._group: WorkerGroup | None = None
         """Of the step that runs, where several processes run it."""
         self._preload: dict[bool, tuple[str, ...]] = {True: (), False: ()}
-        self._light_soon = False
         self._ended = False
 
     def warm_up(self, plan: Plan) -> None:
-        """Start the process with torch, if it will be needed: its imports are long. The other one follows."""
+        """Start the processes that will be needed: their imports are long, and each of them one thread."""
         alone = [step for step in plan.steps if not step.cached and not step.hosts]
         self._preload = {torch: _preload(one for one in alone if one.needs_torch == torch) for torch in (True, False)}
         missing = [step for step in plan.steps if step.key is None or plan.store.get(step.key) is None]
@@ -47,14 +46,15 @@ class Crew:
             torch = any(step.needs_torch for step in alone) or any(step.limits is not None for step in missing)
             if torch or alone:
                 self._worker(torch)
-            self._light_soon = torch and any(not step.needs_torch for step in missing)
+            if torch and any(not step.needs_torch for step in missing):
+                self._worker(False)
 
     def perform(
         self, plan: Plan, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
     ) -> dict[str, Any]:
         """Do one job; `advice` is what to change when its process is killed for memory."""
         return self._worker(torch).perform(
-            _job(plan, kind, step, model, parameters), self._relay, advice=lambda: advice
+            _job(plan, kind, step, model, parameters), self._emit, advice=lambda: advice
         )
 
     def run_pass(self, plan: Plan, step: Step, model: Artifact, out: Path, work: Path) -> dict[str, Any]:
@@ -100,13 +100,6 @@ class Crew:
         for ended in (self._group, *self._workers.values()):
             if ended is not None:
                 ended.close()
-
-    def _relay(self, event: Event) -> None:
-        """An event of a worker. Its first one says that its imports are done: now the other may import."""
-        if self._light_soon:
-            self._light_soon = False
-            self._worker(False)
-        self._emit(event)
 
     def _worker(self, torch: bool) -> Worker:
         if self._ended:
