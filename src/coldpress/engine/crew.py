@@ -53,9 +53,7 @@ class Crew:
         self, plan: Plan, kind: Any, step: str, model: Artifact, torch: bool, advice: str, **parameters: Any
     ) -> dict[str, Any]:
         """Do one job; `advice` is what to change when its process is killed for memory."""
-        return self._worker(torch).perform(
-            _job(plan, kind, step, model, parameters), self._emit, advice=lambda: advice
-        )
+        return self._worker(torch).perform(_job(plan, kind, step, model, parameters), self._emit, advice=lambda: advice)
 
     def run_pass(self, plan: Plan, step: Step, model: Artifact, out: Path, work: Path) -> dict[str, Any]:
         """Run a step's pass, in one process or in as many as the step has."""
