@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -21,11 +22,27 @@ Array = npt.NDArray[Any]
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
 
 
+class OnArrays:
+    """The kernels, given arrays instead of addresses."""
+
+    def __init__(self, kernels: DecoderRows) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        kernel = getattr(self._kernels, name)
+
+        def run(*given: Any) -> None:
+            assert all(one.flags.c_contiguous for one in given if isinstance(one, np.ndarray))
+            kernel(*(one.ctypes.data if isinstance(one, np.ndarray) else one for one in given))
+
+        return run
+
+
 class Numbers:
     """Arrays of one type as the kernels take them, and what they hold."""
 
     def __init__(self, dtype: str) -> None:
-        self.kernels: DecoderRows = decoder_rows(dtype)
+        self.run = OnArrays(decoder_rows(dtype))
         self.tolerance = ROUNDED[dtype]
         self._type: Any = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
         self._draw = np.random.default_rng(0)
@@ -62,7 +79,7 @@ def silu(g: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def test_norm(numbers: Numbers) -> None:
     x, w, y, q = numbers(T, D, scale=3.0), numbers(D), numbers(T, D), np.empty(T, np.float32)
-    numbers.kernels.norm(0, T, x, w, 1e-5, y, q)
+    numbers.run.norm(0, T, D, x, w, 1e-5, y, q)
     inverse = 1 / np.sqrt((numbers.value(x) ** 2).mean(1) + 1e-5)
     np.testing.assert_allclose(q, inverse, rtol=1e-6)  # a float32 sum of 37 squares
     # Two roundings: a normed number that lies between two may have gone to either.
@@ -74,7 +91,7 @@ def test_norm_backward(numbers: Numbers) -> None:
     dy, x, w, dx = numbers(T, D), numbers(T, D), numbers(D), numbers(T, D)
     before = numbers.value(dx)
     inverse = (1 / np.sqrt((numbers.value(x) ** 2).mean(1) + 1e-5)).astype(np.float32)
-    numbers.kernels.norm_backward(0, T, dy, x, w, inverse, dx)
+    numbers.run.norm_backward(0, T, D, dy, x, w, inverse, dx)
     unit = numbers.value(x) * inverse[:, None]
     gradient = numbers.value(dy) * numbers.value(w)
     own = (gradient - unit * (gradient * unit).mean(1, keepdims=True)) * inverse[:, None]
@@ -84,8 +101,8 @@ def test_norm_backward(numbers: Numbers) -> None:
 def test_gate_and_its_gradient(numbers: Numbers) -> None:
     both, dy, y, gradient = numbers(T, 2 * D, scale=6.0), numbers(T, D), numbers(T, D), numbers(T, 2 * D)
     both[0, :4] = numbers.words(np.array([0.0, -100.0, 100.0, 3e4]))  # beyond what e^x can be
-    numbers.kernels.gate(0, T, both, y)
-    numbers.kernels.gate_backward(0, T, dy, both, gradient)
+    numbers.run.gate(0, T, D, both, y)
+    numbers.run.gate_backward(0, T, D, dy, both, gradient)
     g, u, upstream = numbers.value(both[:, :D].copy()), numbers.value(both[:, D:].copy()), numbers.value(dy)
     share = 1 / (1 + np.exp(-g))
     numbers.near(y, silu(g) * u)
@@ -97,7 +114,7 @@ def test_gate_and_its_gradient(numbers: Numbers) -> None:
 def test_dropout_keeps_as_many_as_the_rate_says(numbers: Numbers, rate: float) -> None:
     x = numbers.words(np.ones((1000, 1001)))
     y, onto = np.empty_like(x), x.copy()
-    numbers.kernels.dropped(0, 1000, x, 1, 2, limit(rate), y)
+    numbers.run.dropped(0, 1000, 1001, x, 1, 2, limit(rate), y)
     stays = numbers.value(y)
     assert set(np.unique(stays)) == ({0.0, 1.0} if rate else {1.0})
     # Six standard errors of a million draws; rows, columns and neighbours are alike in that.
@@ -106,7 +123,7 @@ def test_dropout_keeps_as_many_as_the_rate_says(numbers: Numbers, rate: float) -
     for axis in (0, 1):
         assert np.abs(stays.mean(axis) - (1 - rate)).max() <= error * np.sqrt(1000) + 1e-12
         assert (stays * np.roll(stays, 1, axis)).mean() == pytest.approx((1 - rate) ** 2, abs=2 * error + 1e-12)
-    numbers.kernels.add_dropped(0, 1000, x, 1, 2, limit(rate), onto)
+    numbers.run.add_dropped(0, 1000, 1001, x, 1, 2, limit(rate), onto)
     assert (numbers.value(onto) == 1 + stays).all(), "the same mask"
 
 
@@ -115,7 +132,7 @@ def test_other_seeds_are_another_mask(numbers: Numbers) -> None:
     masks = []
     for seeds in ((1, 2), (1, 3), (2, 2), (2**32 - 1, 2**31)):
         y = np.empty_like(x)
-        numbers.kernels.dropped(0, 1000, x, *seeds, limit(0.5), y)
+        numbers.run.dropped(0, 1000, 1000, x, *seeds, limit(0.5), y)
         masks.append(numbers.value(y))
     for place, one in enumerate(masks):
         for other in masks[:place]:
@@ -128,10 +145,10 @@ def test_causal_softmax_and_its_gradient(numbers: Numbers) -> None:
     exact = numbers.value(scores) * scale + np.triu(np.full((9, 9), -np.inf), 1)
     exact = np.exp(exact - exact.max(-1, keepdims=True))
     exact /= exact.sum(-1, keepdims=True)
-    numbers.kernels.softmax(0, 3, scores, scale)
+    numbers.run.softmax(0, 3, 9, scores, scale)
     numbers.near(scores, exact)
     shares, gradient = numbers.value(scores), numbers.value(upstream)
-    numbers.kernels.softmax_backward(0, 3, upstream, scores, scale)
+    numbers.run.softmax_backward(0, 3, 9, upstream, scores, scale)
     wanted = shares * (gradient - (shares * gradient).sum(-1, keepdims=True)) * scale
     numbers.near(upstream, wanted, shares * scale * 2 * np.abs(gradient).max())
 
@@ -142,27 +159,27 @@ def test_heads_apart_and_back(numbers: Numbers) -> None:
     cos, sin = (numbers.words(np.concatenate((one, one), 1)) for one in (np.cos(angles), np.sin(angles)))
     take = np.array([0, 1, 2, 3, 4, FILLING, 5, FILLING], np.int32)
     states = numbers(heads, len(take), size)
-    numbers.kernels.spread(0, len(take), row, take, cos, sin, turned, states)
+    numbers.run.spread(0, len(take), heads, size, turned, len(take), row, take, cos, sin, states)
     x = numbers.value(row).reshape(tokens, heads, size).transpose(1, 0, 2)
     half = np.concatenate((-x[..., size // 2 :], x[..., : size // 2]), -1)
     exact = np.where(np.arange(heads)[:, None, None] < turned, x * numbers.value(cos) + half * numbers.value(sin), x)
     numbers.near(states[:, [0, 1, 2, 3, 4, 6]].copy(), exact, np.abs(x).max())
     assert not numbers.value(states[:, [5, 7]].copy()).any(), "a filling position is 0"
     back = numbers(tokens, heads * size)
-    numbers.kernels.join(0, len(take), states, take, cos, sin, turned, back)
+    numbers.run.join(0, len(take), heads, size, turned, len(take), states, take, cos, sin, back)
     # There and back: cos and sin are rounded, so that their squares add up to 1 only so far.
     np.testing.assert_allclose(numbers.value(back), numbers.value(row), atol=12 * numbers.tolerance)
 
 
 def test_parts_are_the_whole(numbers: Numbers) -> None:
     """Threads that share a call write what one writes."""
-    k, x, w = numbers.kernels, numbers(T, D), numbers(D)
+    k, x, w = numbers.run, numbers(T, D), numbers(D)
     whole, parts, q = numbers(T, D), numbers(T, D), np.empty(T, np.float32)
-    k.norm(0, T, x, w, 1e-5, whole, q)
+    k.norm(0, T, D, x, w, 1e-5, whole, q)
     for first, last in ((0, 3), (3, 3), (3, T)):
-        k.norm(first, last, x, w, 1e-5, parts, q)
+        k.norm(first, last, D, x, w, 1e-5, parts, q)
     assert (whole == parts).all()
     for first, last in ((0, 2), (2, T)):
-        k.dropped(first, last, x, 5, 6, limit(0.5), parts)
-    k.dropped(0, T, x, 5, 6, limit(0.5), whole)
+        k.dropped(first, last, D, x, 5, 6, limit(0.5), parts)
+    k.dropped(0, T, D, x, 5, 6, limit(0.5), whole)
     assert (whole == parts).all()

@@ -11,12 +11,16 @@ finalizer of Appleby's MurmurHash3, with the seeds added on the way). Arithmetic
 to the type of the numbers. Each kernel works on the rows from `first` to before `last` of its outermost dimension,
 without the GIL, so that threads can share one call.
 
+Kernels are C functions on addresses: a small layer calls some twenty of them, each for about 10 microseconds of work,
+and Numba's own way of taking an array, with torch's of giving it, costs half as much again.
+
     T   tokens      d   width      n   records of one length L      H   heads of D numbers, the first R of them turned
     numbers are float32, or bfloat16 as uint16 patterns; all arrays are contiguous
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,28 +39,30 @@ Kernel = Callable[..., None]
 
 @dataclass(frozen=True)
 class DecoderRows:
-    """The kernels for one type of number. `first`, `last`, then as given here; results are written into the arrays."""
+    """The kernels for one type of number, each called with `first`, `last`, then sizes, then addresses and numbers."""
 
     norm: Kernel
-    """x [T, d], w [d], eps, y [T, d], q [T] float32."""
+    """d; x [T, d], w [d], eps, y [T, d], q [T] float32."""
     norm_backward: Kernel
-    """dy [T, d], x [T, d], w [d], q [T], dx [T, d]: the gradient is added to what stands in dx."""
+    """d; dy [T, d], x [T, d], w [d], q [T], dx [T, d]: the gradient is added to what stands in dx."""
     gate: Kernel
-    """[g | u] [T, 2 d], y [T, d]."""
+    """d; [g | u] [T, 2 d], y [T, d]."""
     gate_backward: Kernel
-    """dy [T, d], [g | u] [T, 2 d], their gradient [T, 2 d]."""
+    """d; dy [T, d], [g | u] [T, 2 d], their gradient [T, 2 d]."""
     dropped: Kernel
-    """x [T, d], seed, seed, limit, y [T, d]: hashes below the limit (of 2^32) drop their value."""
+    """d; x [T, d], seed, seed, limit, y [T, d]: hashes below the limit (of 2^32) drop their value."""
     add_dropped: Kernel
-    """x [T, d], seed, seed, limit, y [T, d]: m x is added to y."""
+    """d; x [T, d], seed, seed, limit, y [T, d]: m x is added to y."""
     softmax: Kernel
-    """S [H n, L, L] becomes P in place, s."""
+    """L; S [H n, L, L] becomes P in place, s."""
     softmax_backward: Kernel
-    """dP [H n, L, L] becomes s dS in place, P, s."""
+    """L; dP [H n, L, L] becomes s dS in place, P, s."""
     spread: Kernel
-    """row [T, H D], take [n L] int32 (below 0: no token), cos and sin [T, D], R, states [H, n L, D]; over positions."""
+    """H, D, R, n L; row [T, H D], take [n L] int32 (below 0: no token), cos, sin [T, D], states [H, n L, D]."""
     join: Kernel
-    """states [H, n L, D], take, cos, sin, R, row [T, H D]: turned the other way round; over positions."""
+    """H, D, R, n L; states [H, n L, D], take, cos, sin, row [T, H D]: turned the other way round."""
+    keep: Any = None
+    """What owns the machine code."""
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -119,8 +125,9 @@ def _stays(place: Any, one: Any, other: Any, limit: Any) -> Any:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _norm(first: Any, last: Any, x: Any, w: Any, eps: Any, y: Any, q: Any) -> None:
-    d = x.shape[1]
+def _norm(first: Any, last: Any, d: Any, x_at: Any, w_at: Any, eps: Any, y_at: Any, q_at: Any) -> None:
+    x, w = numba.carray(x_at, (last, d)), numba.carray(w_at, d)
+    y, q = numba.carray(y_at, (last, d)), numba.carray(q_at, last)
     for row in range(first, last):
         own, out, total = x[row], y[row], np.float32(0)
         for i in range(d):
@@ -132,8 +139,9 @@ def _norm(first: Any, last: Any, x: Any, w: Any, eps: Any, y: Any, q: Any) -> No
             out[i] = _store(unit * _load(w[i]), own[i])
 
 
-def _norm_backward(first: Any, last: Any, dy: Any, x: Any, w: Any, q: Any, dx: Any) -> None:
-    d = x.shape[1]
+def _norm_backward(first: Any, last: Any, d: Any, dy_at: Any, x_at: Any, w_at: Any, q_at: Any, dx_at: Any) -> None:
+    dy, x, w = numba.carray(dy_at, (last, d)), numba.carray(x_at, (last, d)), numba.carray(w_at, d)
+    q, dx = numba.carray(q_at, last), numba.carray(dx_at, (last, d))
     for row in range(first, last):
         upstream, own, out, inverse, total = dy[row], x[row], dx[row], q[row], np.float32(0)
         for i in range(d):
@@ -144,8 +152,8 @@ def _norm_backward(first: Any, last: Any, dy: Any, x: Any, w: Any, q: Any, dx: A
             out[i] = _store(_load(out[i]) + gradient, own[i])
 
 
-def _gate(first: Any, last: Any, both: Any, y: Any) -> None:
-    d = y.shape[1]
+def _gate(first: Any, last: Any, d: Any, both_at: Any, y_at: Any) -> None:
+    both, y = numba.carray(both_at, (last, 2 * d)), numba.carray(y_at, (last, d))
     for row in range(first, last):
         gate, up, out = both[row, :d], both[row, d:], y[row]
         for i in range(d):
@@ -153,9 +161,9 @@ def _gate(first: Any, last: Any, both: Any, y: Any) -> None:
             out[i] = _store(g / (np.float32(1) + _exp(-g)) * _load(up[i]), gate[i])
 
 
-def _gate_backward(first: Any, last: Any, dy: Any, both: Any, gradient: Any) -> None:
-    d = dy.shape[1]
-    shares = np.empty(d, np.float32)
+def _gate_backward(first: Any, last: Any, d: Any, dy_at: Any, both_at: Any, gradient_at: Any) -> None:
+    dy, both = numba.carray(dy_at, (last, d)), numba.carray(both_at, (last, 2 * d))
+    gradient, shares = numba.carray(gradient_at, (last, 2 * d)), np.empty(d, np.float32)
     for row in range(first, last):
         gate, up, upstream = both[row, :d], both[row, d:], dy[row]
         for_gate, for_up = gradient[row, :d], gradient[row, d:]
@@ -168,8 +176,8 @@ def _gate_backward(first: Any, last: Any, dy: Any, both: Any, gradient: Any) -> 
             for_up[i] = _store(_load(upstream[i]) * _load(gate[i]) * shares[i], gate[i])
 
 
-def _dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any, y: Any) -> None:
-    d = x.shape[1]
+def _dropped(first: Any, last: Any, d: Any, x_at: Any, one: Any, other: Any, limit: Any, y_at: Any) -> None:
+    x, y = numba.carray(x_at, (last, d)), numba.carray(y_at, (last, d))
     for row in range(first, last):
         own, out, start = x[row], y[row], np.uint32(row * d)
         for i in range(d):
@@ -177,8 +185,8 @@ def _dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any, y:
             out[i] = own[i] if stays else _store(np.float32(0), own[i])
 
 
-def _add_dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any, y: Any) -> None:
-    d = x.shape[1]
+def _add_dropped(first: Any, last: Any, d: Any, x_at: Any, one: Any, other: Any, limit: Any, y_at: Any) -> None:
+    x, y = numba.carray(x_at, (last, d)), numba.carray(y_at, (last, d))
     for row in range(first, last):
         own, out, start = x[row], y[row], np.uint32(row * d)
         for i in range(d):
@@ -186,9 +194,8 @@ def _add_dropped(first: Any, last: Any, x: Any, one: Any, other: Any, limit: Any
             out[i] = _store(_load(out[i]) + part, own[i])
 
 
-def _softmax(first: Any, last: Any, scores: Any, scale: Any) -> None:
-    length = scores.shape[1]
-    powers = np.empty(length, np.float32)
+def _softmax(first: Any, last: Any, length: Any, scores_at: Any, scale: Any) -> None:
+    scores, powers = numba.carray(scores_at, (last, length, length)), np.empty(length, np.float32)
     for matrix in range(first, last):
         for row in range(length):
             own, end = scores[matrix, row], row + 1
@@ -206,8 +213,9 @@ def _softmax(first: Any, last: Any, scores: Any, scale: Any) -> None:
                 own[i] = _store(np.float32(0), own[i])
 
 
-def _softmax_backward(first: Any, last: Any, gradient: Any, shares: Any, scale: Any) -> None:
-    length = shares.shape[1]
+def _softmax_backward(first: Any, last: Any, length: Any, gradient_at: Any, shares_at: Any, scale: Any) -> None:
+    gradient = numba.carray(gradient_at, (last, length, length))
+    shares = numba.carray(shares_at, (last, length, length))
     for matrix in range(first, last):
         for row in range(length):
             own, share, end, total = gradient[matrix, row], shares[matrix, row], row + 1, np.float32(0)
@@ -219,40 +227,50 @@ def _softmax_backward(first: Any, last: Any, gradient: Any, shares: Any, scale: 
                 own[i] = _store(np.float32(0), own[i])
 
 
-def _spread(first: Any, last: Any, row: Any, take: Any, cos: Any, sin: Any, turned: Any, states: Any) -> None:
-    heads, _, size = states.shape
+def _spread(
+    first: Any, last: Any, heads: Any, size: Any, turned: Any, places: Any,
+    row_at: Any, take_at: Any, cos_at: Any, sin_at: Any, states_at: Any,
+) -> None:  # fmt: skip
+    take, states = numba.carray(take_at, places), numba.carray(states_at, (heads, places, size))
     half = size // 2
     for place in range(first, last):
         token = take[place]
-        for head in range(heads):
-            out, start = states[head, place], head * size
-            if token < 0:
+        if token < 0:
+            for head in range(heads):
+                out = states[head, place]
                 for i in range(size):
                     out[i] = _store(np.float32(0), out[i])
-                continue
-            own = row[token, start : start + size]
+            continue
+        row = numba.carray(row_at, (token + 1, heads, size))[token]
+        cos, sin = (numba.carray(cos_at, (token + 1, size))[token], numba.carray(sin_at, (token + 1, size))[token])
+        for head in range(heads):
+            own, out = row[head], states[head, place]
             if head >= turned:
                 for i in range(size):
                     out[i] = own[i]
                 continue
-            _turn(own[:half], own[half:], cos[token], sin[token], np.float32(1), out[:half], out[half:])
+            _turn(own[:half], own[half:], cos, sin, np.float32(1), out[:half], out[half:])
 
 
-def _join(first: Any, last: Any, states: Any, take: Any, cos: Any, sin: Any, turned: Any, row: Any) -> None:
-    heads, _, size = states.shape
+def _join(
+    first: Any, last: Any, heads: Any, size: Any, turned: Any, places: Any,
+    states_at: Any, take_at: Any, cos_at: Any, sin_at: Any, row_at: Any,
+) -> None:  # fmt: skip
+    take, states = numba.carray(take_at, places), numba.carray(states_at, (heads, places, size))
     half = size // 2
     for place in range(first, last):
         token = take[place]
         if token < 0:
             continue
+        row = numba.carray(row_at, (token + 1, heads, size))[token]
+        cos, sin = (numba.carray(cos_at, (token + 1, size))[token], numba.carray(sin_at, (token + 1, size))[token])
         for head in range(heads):
-            own, start = states[head, place], head * size
-            out = row[token, start : start + size]
+            own, out = states[head, place], row[head]
             if head >= turned:
                 for i in range(size):
                     out[i] = own[i]
                 continue
-            _turn(own[:half], own[half:], cos[token], sin[token], np.float32(-1), out[:half], out[half:])
+            _turn(own[:half], own[half:], cos, sin, np.float32(-1), out[:half], out[half:])
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
@@ -265,33 +283,39 @@ def _turn(a: Any, b: Any, cos: Any, sin: Any, sign: Any, out_a: Any, out_b: Any)
 
 # -- machine code ------------------------------------------------------------------------------------------------------
 
+_C_TYPES = {"int64": ctypes.c_int64, "uint32": ctypes.c_uint32, "float32": ctypes.c_float}
+
 
 @functools.cache
 def decoder_rows(dtype: str) -> DecoderRows:
     """The kernels for "float32" or "bfloat16": compiled at first use, then read from Numba's cache."""
-    t = numba.types
+    t, owners = numba.types, []
     word: Any = {"bfloat16": t.uint16, "float32": t.float32}[dtype]
-    vector, matrix, cube = word[::1], word[:, ::1], word[:, :, ::1]
-    whole, real, reals, places = t.uint32, t.float32, t.float32[::1], t.int32[::1]
+    numbers, reals, places = t.CPointer(word), t.CPointer(t.float32), t.CPointer(t.int32)
+    size, whole, real = t.int64, t.uint32, t.float32
 
     def compiled(kernel: Kernel, *parts: Any) -> Kernel:
-        signature = t.void(t.int64, t.int64, *parts)
+        given = (t.int64, t.int64, *parts)
         # Sums may be reordered, so that they run in vector registers.
-        options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+        options = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
         try:
-            return numba.njit(signature, cache=True, **options)(kernel)  # type: ignore[no-any-return]
+            made = numba.cfunc(t.void(*given), cache=True, **options)(kernel)
         except RuntimeError:  # no folder that Numba may write to: compile each time
-            return numba.njit(signature, **options)(kernel)  # type: ignore[no-any-return]
+            made = numba.cfunc(t.void(*given), **options)(kernel)
+        owners.append(made)
+        c_types: list[Any] = [_C_TYPES.get(str(one), ctypes.c_void_p) for one in given]
+        return ctypes.CFUNCTYPE(None, *c_types)(made.address)
 
     return DecoderRows(
-        norm=compiled(_norm, matrix, vector, real, matrix, reals),
-        norm_backward=compiled(_norm_backward, matrix, matrix, vector, reals, matrix),
-        gate=compiled(_gate, matrix, matrix),
-        gate_backward=compiled(_gate_backward, matrix, matrix, matrix),
-        dropped=compiled(_dropped, matrix, whole, whole, whole, matrix),
-        add_dropped=compiled(_add_dropped, matrix, whole, whole, whole, matrix),
-        softmax=compiled(_softmax, cube, real),
-        softmax_backward=compiled(_softmax_backward, cube, cube, real),
-        spread=compiled(_spread, matrix, places, matrix, matrix, t.int64, cube),
-        join=compiled(_join, cube, places, matrix, matrix, t.int64, matrix),
+        norm=compiled(_norm, size, numbers, numbers, real, numbers, reals),
+        norm_backward=compiled(_norm_backward, size, numbers, numbers, numbers, reals, numbers),
+        gate=compiled(_gate, size, numbers, numbers),
+        gate_backward=compiled(_gate_backward, size, numbers, numbers, numbers),
+        dropped=compiled(_dropped, size, numbers, whole, whole, whole, numbers),
+        add_dropped=compiled(_add_dropped, size, numbers, whole, whole, whole, numbers),
+        softmax=compiled(_softmax, size, numbers, real),
+        softmax_backward=compiled(_softmax_backward, size, numbers, numbers, real),
+        spread=compiled(_spread, size, size, size, size, numbers, places, numbers, numbers, numbers),
+        join=compiled(_join, size, size, size, size, numbers, places, numbers, numbers, numbers),
+        keep=owners,
     )

@@ -65,7 +65,7 @@ def draw_seeds(count: int) -> list[tuple[int, int]]:
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """w * round(x / sqrt(mean(x^2) + eps)) of x [T, d], and 1 / sqrt(...) [T] float32."""
     out, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-    _run(_kernels(x).norm, x.numel(), x.shape[0], x, weight, eps, out, inverse)
+    _run(_kernels(x).norm, x.numel(), *x.shape, _at(x), _at(weight), eps, _at(out), _at(inverse))
     return out, inverse
 
 
@@ -73,21 +73,22 @@ def norm_backward(
     upstream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, onto: torch.Tensor
 ) -> torch.Tensor:
     """`onto` with the gradient for x added to it, in place."""
-    _run(_kernels(x).norm_backward, x.numel(), x.shape[0], upstream, x, weight, inverse, onto)
+    given = _at(upstream), _at(x), _at(weight), _at(inverse), _at(onto)
+    _run(_kernels(x).norm_backward, x.numel(), *x.shape, *given)
     return onto
 
 
 def gate(both: torch.Tensor) -> torch.Tensor:
     """silu(g) u of [g | u] [T, 2 d]."""
     out = both.new_empty((len(both), both.shape[1] // 2))
-    _run(_kernels(both).gate, both.numel(), both.shape[0], both, out)
+    _run(_kernels(both).gate, both.numel(), *out.shape, _at(both), _at(out))
     return out
 
 
 def gate_backward(upstream: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
     """Gradient for [g | u], one matrix too."""
     gradient = torch.empty_like(both)
-    _run(_kernels(both).gate_backward, both.numel(), both.shape[0], upstream, both, gradient)
+    _run(_kernels(both).gate_backward, both.numel(), *upstream.shape, _at(upstream), _at(both), _at(gradient))
     return gradient
 
 
@@ -96,24 +97,24 @@ def dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     if dropout is None:
         return x
     out = torch.empty_like(x)
-    _run(_kernels(x).dropped, x.numel(), x.shape[0], x, *dropout.seeds, dropout.limit, out)
+    _run(_kernels(x).dropped, x.numel(), *x.shape, _at(x), *dropout.seeds, dropout.limit, _at(out))
     return out
 
 
 def add_dropped(onto: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> None:
     """`dropped(x)` added in place."""
-    _run(_kernels(x).add_dropped, x.numel(), x.shape[0], x, *dropout.seeds, dropout.limit, onto)
+    _run(_kernels(x).add_dropped, x.numel(), *x.shape, _at(x), *dropout.seeds, dropout.limit, _at(onto))
 
 
 def softmax_(scores: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal shares of scores [H n, L, L], in place."""
-    _run(_kernels(scores).softmax, scores.numel(), scores.shape[0], scores, scale)
+    _run(_kernels(scores).softmax, scores.numel(), *scores.shape[:2], _at(scores), scale)
     return scores
 
 
 def softmax_backward_(upstream: torch.Tensor, shares: torch.Tensor, scale: float) -> torch.Tensor:
     """Gradient for the scores, in the place of that for the shares."""
-    _run(_kernels(shares).softmax_backward, shares.numel(), shares.shape[0], upstream, shares, scale)
+    _run(_kernels(shares).softmax_backward, shares.numel(), *shares.shape[:2], _at(upstream), _at(shares), scale)
     return upstream
 
 
@@ -121,14 +122,18 @@ def spread(
     row: torch.Tensor, take: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], turned: int, states: torch.Tensor
 ) -> None:
     """The heads of row [T, H D] apart into states [H, n L, D], the first `turned` of them turned by cos, sin [T, D]."""
-    _run(_kernels(row).spread, states.numel(), take.shape[0], row, take, *angles, turned, states)
+    heads, places, size = states.shape
+    given = heads, size, turned, places, _at(row), _at(take), *map(_at, angles), _at(states)
+    _run(_kernels(row).spread, states.numel(), places, *given)
 
 
 def join(
     states: torch.Tensor, take: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], turned: int, row: torch.Tensor
 ) -> None:
     """The other way, turned back."""
-    _run(_kernels(row).join, states.numel(), take.shape[0], states, take, *angles, turned, row)
+    heads, places, size = states.shape
+    given = heads, size, turned, places, _at(states), _at(take), *map(_at, angles), _at(row)
+    _run(_kernels(row).join, states.numel(), places, *given)
 
 
 def _kernels(x: torch.Tensor) -> DecoderRows:
@@ -142,9 +147,8 @@ def _of_type(dtype: torch.dtype) -> DecoderRows:
     return decoder_rows(TYPES[dtype])
 
 
-def _run(kernel: Callable[..., None], numbers: int, count: int, *arguments: Any) -> None:
+def _run(kernel: Callable[..., None], numbers: int, count: int, *given: Any) -> None:
     """On all rows; in several threads where there are enough numbers for them."""
-    given = [_array(one) if isinstance(one, torch.Tensor) else one for one in arguments]
     if numbers < 2 * SHARED or (threads := min(torch.get_num_threads(), numbers // SHARED, count)) < 2:
         kernel(0, count, *given)
         return
@@ -155,8 +159,12 @@ def _run(kernel: Callable[..., None], numbers: int, count: int, *arguments: Any)
         one.result()
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _at(tensor: torch.Tensor) -> int:
+    """Its address; the kernels know of no strides."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has the strides {tensor.stride()}")
+    found: int = tensor.data_ptr()
+    return found
 
 
 @functools.cache

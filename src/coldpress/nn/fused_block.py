@@ -30,6 +30,9 @@ from coldpress.nn.packed_heads import Attended, Heads, Places, attend, attend_ba
 
 __all__ = ["fused_blocks"]
 
+LEFT_KEPT = 1 << 18
+"""Numbers of m * x that are kept for the way back; more are computed again."""
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -62,7 +65,7 @@ class _Tape:
     dropouts: list[Dropout | None]
     """Of each product."""
     kept: list[torch.Tensor | None] = field(default_factory=list)
-    """A, B and s (m * x) A^T of each product."""
+    """A, B, s (m * x) A^T and m * x of each product."""
     gradients: list[torch.Tensor | None] = field(default_factory=list)
     """For the factors, from the last one to the first."""
     done: int = 0
@@ -80,15 +83,16 @@ class _Tape:
         weight, bias = product.weight(), product.bias()
         out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         if a is None or b is None:
-            self.kept += [None] * 3
+            self.kept += [None] * 4
             return out
         own_a, own_b = a.to(x.dtype), b.to(x.dtype)
-        inner = torch.mm(block_math.dropped(x, dropout), own_a.t())
+        left = block_math.dropped(x, dropout)
+        inner = torch.mm(left, own_a.t())
         scale = _scale(product, dropout)
         if scale != 1.0:
             inner.mul_(scale)
         small = a.numel() + b.numel() <= CASTS_KEPT
-        self.kept += [*((own_a, own_b) if small else (a, b)), inner]
+        self.kept += [*((own_a, own_b) if small else (a, b)), inner, left if left.numel() <= LEFT_KEPT else None]
         return out.addmm_(inner, own_b.t())
 
     def backward(
@@ -101,8 +105,8 @@ class _Tape:
             parts = upstream.split([one.base.out_features for one in products], dim=1)
         for product, part in zip(reversed(products), reversed(parts), strict=True):
             self.done -= 1
-            dropout, (a, b, inner) = self.dropouts[self.done], self.kept[-3:]
-            del self.kept[-3:]
+            dropout, (a, b, inner, left) = self.dropouts[self.done], self.kept[-4:]
+            del self.kept[-4:]
             if wanted:
                 weight = product.weight()
                 for_x = torch.mm(part, weight) if for_x is None else for_x.addmm_(part, weight)
@@ -114,7 +118,7 @@ class _Tape:
             if scale != 1.0:
                 for_inner.mul_(scale)
             self.gradients.append(torch.mm(part.t(), inner))
-            self.gradients.append(torch.mm(for_inner.t(), block_math.dropped(x, dropout)))
+            self.gradients.append(torch.mm(for_inner.t(), block_math.dropped(x, dropout) if left is None else left))
             if for_x is not None and dropout is not None:
                 block_math.add_dropped(for_x, torch.mm(for_inner, a.to(x.dtype)), dropout)
             elif for_x is not None:

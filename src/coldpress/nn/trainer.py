@@ -186,11 +186,17 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
             last = place == len(micro) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 found = self.loss(model, one.to(self.args.device)) * (share if one.count else 0.0)
-                self.accelerator.backward(found)
+                self._backward(found)
             total += found.detach()
         loss, tokens = self._agree(total, inputs.tokens)
         self.watch.add(loss, tokens, inputs.rows)
         return torch.tensor(loss, device=self.args.device)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if ranks.ranks() == 1 and self.accelerator.scaler is None:
+            loss.backward()  # accelerate looks for an optional package each time
+        else:
+            self.accelerator.backward(loss)
 
     def _agree(self, loss: torch.Tensor, tokens: int) -> tuple[float, int]:
         """The step's loss and tokens over all ranks, and what all of them do after it: save, stop."""
