@@ -78,11 +78,11 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         self._agreed = (False, False)
         self._most = 0
         """Micro-batches of this step, of the rank that has most."""
-        self._trained = [one for one in self.model.parameters() if one.requires_grad]
+        self._trained = ranks.trained(self.model)
         """Of one process: FSDP puts others in their place."""
         self._good: tuple[int, dict[str, torch.Tensor]] | None = None
         self._small = (
-            sum(one.numel() * one.element_size() for one in ranks.trained(self.model).values()) <= SNAPSHOT_BYTES
+            sum(one.numel() * one.element_size() for one in self._trained.values()) <= SNAPSHOT_BYTES
         )
         self.add_callback(_Callback(self))
 
@@ -161,7 +161,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
             del self.model.zero_grad
 
     def _drop_gradients(self, set_to_none: bool = True) -> None:
-        for parameter in self._trained:
+        for parameter in self._trained.values():
             parameter.grad = None
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if ranks.ranks() == 1 and self.accelerator.scaler is None:  # what accelerate does, without looking for more
-            norm = torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.args.max_grad_norm)
         else:
             norm = super()._clip_grad_norm(model)
         if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
@@ -226,10 +226,8 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         save, stop = self._agreed
         self.watch.end_of_step(state, control, save=save, stop=stop)
         if self._small and self.watch.good and state.global_step % SNAPSHOT_STEPS == 1:
-            self._good = (
-                state.global_step,
-                {name: one.detach().clone() for name, one in ranks.trained(self.model).items()},
-            )
+            weights = self._trained if ranks.ranks() == 1 else ranks.trained(self.model)
+            self._good = state.global_step, {name: one.detach().clone() for name, one in weights.items()}
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # nothing here shows them
