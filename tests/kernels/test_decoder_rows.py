@@ -166,9 +166,13 @@ def test_heads_apart_and_back(numbers: Numbers) -> None:
     numbers.near(states[:, [0, 1, 2, 3, 4, 6]].copy(), exact, np.abs(x).max())
     assert not numbers.value(states[:, [5, 7]].copy()).any(), "a filling position is 0"
     back = numbers(tokens, heads * size)
-    numbers.run.join(0, len(take), heads, size, turned, len(take), states, take, cos, sin, back)
+    numbers.run.join(0, len(take), heads, size, turned, len(take), 0, states, take, cos, sin, back)
     # There and back: cos and sin are rounded, so that their squares add up to 1 only so far.
     np.testing.assert_allclose(numbers.value(back), numbers.value(row), atol=12 * numbers.tolerance)
+    once, twice = numbers.value(back), np.zeros_like(back)
+    for _ in range(2):
+        numbers.run.join(0, len(take), heads, size, turned, len(take), 1, states, take, cos, sin, twice)
+    numbers.near(twice, 2 * once, 2 * np.abs(once).max())
 
 
 def test_parts_are_the_whole(numbers: Numbers) -> None:

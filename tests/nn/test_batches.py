@@ -15,7 +15,7 @@ imports.load_inference()
 
 import torch  # noqa: E402 - after the imports that hide what it would pull in
 
-from coldpress.nn.batches import ROUNDING, cut_step  # noqa: E402
+from coldpress.nn.batches import ALIKE, ROUNDING, cut_step  # noqa: E402
 from coldpress.nn.packed_attention import segments_of  # noqa: E402
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=24)
@@ -84,6 +84,42 @@ def test_segments_fill_up_and_take_back(lengths: list[int]) -> None:
             assert bucket.take[bucket.back].tolist() == list(range(bucket.tokens))
         start += bucket.records
     assert start == len(ordered)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(9, 90), min_size=1, max_size=24), st.integers(0, 7), st.integers(100, 1000))
+def test_what_records_begin_with_stands_once(lengths: list[int], alike: int, tokens: int) -> None:
+    """Each loss is asked behind the tokens that it was asked behind, and each token of a row is computed once."""
+    beginning = list(range(1000, 1000 + alike))
+    given_rows = [
+        (place, TokenSequence(beginning + one.ids[alike:], [IGNORED] * 8 + one.ids[8:])) for place, one in rows(lengths)
+    ]
+    step = cut_step(given_rows, form="packed", tokens=tokens, sharing=True)
+    wanted = {(tuple(one.ids[:end]), one.ids[end]) for _, one in given_rows for end in range(8, len(one.ids))}
+    found = []
+    for micro in step.micro:
+        segments, ids = micro.segments, micro.inputs["input_ids"][0]
+        assert segments is not None
+        several = len(step.micro) == 1 and len(lengths) > 1
+        assert segments.shared in ((alike,) if several and alike >= ALIKE else (0, alike))
+        asked = dict(zip(micro.inputs["loss_rows"].tolist(), micro.inputs["loss_targets"].tolist(), strict=True))
+        computed = []
+        for bucket in segments.buckets:
+            take = bucket.start + (torch.arange(bucket.tokens) if bucket.take is None else bucket.take)
+            own = range(bucket.tokens) if bucket.back is None else bucket.back.tolist()
+            computed += [int(take[place]) for place in own]
+            for place in own:
+                row = int(take[place])
+                first = place // bucket.length * bucket.length
+                context = tuple(ids[take[first : place + 1]].tolist())
+                assert len(context) == int(micro.inputs["position_ids"][0][row]) + 1
+                if row in asked:
+                    found.append((context, asked[row]))
+        assert computed == list(range(len(ids)))
+        assert len(ids) % ROUNDING == 0
+    assert len(found) == len(wanted)
+    assert set(found) == wanted
+    assert step.tokens == sum(lengths)
 
 
 def test_a_pack_is_its_records() -> None:

@@ -97,6 +97,32 @@ def test_packed_is_single(name: str) -> None:
         assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_what_records_begin_with_is_computed_once(name: str) -> None:
+    """Loss and gradients are those of single records, though the row holds their first six tokens once."""
+    model = adapted(name)
+    plain = records(TINY[name]["vocab_size"])
+    beginning = plain[-1].ids[:6]
+    rows = [TokenSequence(beginning + row.ids, [IGNORED] * 7 + row.ids[1:]) for row in plain]
+    expected, expected_gradients = alone(model, rows)
+    with loss_of(model, rows, autocast=None) as loss:
+        assert loss.sharing == (loss.form == "packed")
+        step = cut_step(list(enumerate(rows)), form=loss.form, tokens=150, apart=loss.apart, sharing=loss.sharing)
+        total, placed = 0.0, 0
+        for micro in step.micro:
+            one = loss(model, micro)
+            one.backward()
+            total += float(one.detach())
+            placed += micro.inputs["input_ids"].numel()
+            assert not loss.sharing or micro.segments is None or micro.segments.shared == 6
+    assert len(step.micro) > 1
+    assert not loss.sharing or placed < step.tokens, "of which each is counted, wherever it is computed"
+    assert total == pytest.approx(expected, rel=1e-5)
+    found = gradients(model)
+    for key, gradient in expected_gradients.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
 def test_most_families_are_packed_and_fused() -> None:
     """What makes training quick is used where it should be."""
     for name in ("llama-gqa", "phi3-gqa", "qwen3", "mistral-window", "olmo2"):

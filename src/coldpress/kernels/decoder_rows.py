@@ -60,7 +60,8 @@ class DecoderRows:
     spread: Kernel
     """H, D, R, n L; row [T, H D], take [n L] int32 (below 0: no token), cos, sin [T, D], states [H, n L, D]."""
     join: Kernel
-    """H, D, R, n L; states [H, n L, D], take, cos, sin, row [T, H D]: turned the other way round."""
+    """H, D, R, n L, whether to add to what stands in the row; states [H, n L, D], take, cos, sin, row [T, H D]: turned
+    the other way round."""
     keep: Any = None
     """What owns the machine code."""
 
@@ -249,11 +250,11 @@ def _spread(
                 for i in range(size):
                     out[i] = own[i]
                 continue
-            _turn(own[:half], own[half:], cos, sin, np.float32(1), out[:half], out[half:])
+            _turn(own[:half], own[half:], cos, sin, np.float32(1), 0, out[:half], out[half:])
 
 
 def _join(
-    first: Any, last: Any, heads: Any, size: Any, turned: Any, places: Any,
+    first: Any, last: Any, heads: Any, size: Any, turned: Any, places: Any, adding: Any,
     states_at: Any, take_at: Any, cos_at: Any, sin_at: Any, row_at: Any,
 ) -> None:  # fmt: skip
     take, states = numba.carray(take_at, places), numba.carray(states_at, (heads, places, size))
@@ -268,17 +269,20 @@ def _join(
             own, out = states[head, place], row[head]
             if head >= turned:
                 for i in range(size):
-                    out[i] = own[i]
+                    before = _load(out[i]) if adding else np.float32(0)
+                    out[i] = _store(_load(own[i]) + before, own[i])
                 continue
-            _turn(own[:half], own[half:], cos, sin, np.float32(-1), out[:half], out[half:])
+            _turn(own[:half], own[half:], cos, sin, np.float32(-1), adding, out[:half], out[half:])
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _turn(a: Any, b: Any, cos: Any, sin: Any, sign: Any, out_a: Any, out_b: Any) -> None:
+def _turn(a: Any, b: Any, cos: Any, sin: Any, sign: Any, adding: Any, out_a: Any, out_b: Any) -> None:
     for i in range(a.size):
-        out_a[i] = _store(_load(a[i]) * _load(cos[i]) - _load(b[i]) * _load(sin[i]) * sign, a[i])
+        before = _load(out_a[i]) if adding else np.float32(0)
+        out_a[i] = _store(_load(a[i]) * _load(cos[i]) - _load(b[i]) * _load(sin[i]) * sign + before, a[i])
     for i in range(a.size):
-        out_b[i] = _store(_load(b[i]) * _load(cos[i]) + _load(a[i]) * _load(sin[i]) * sign, a[i])
+        before = _load(out_b[i]) if adding else np.float32(0)
+        out_b[i] = _store(_load(b[i]) * _load(cos[i]) + _load(a[i]) * _load(sin[i]) * sign + before, a[i])
 
 
 # -- machine code ------------------------------------------------------------------------------------------------------
@@ -316,6 +320,6 @@ def decoder_rows(dtype: str) -> DecoderRows:
         softmax=compiled(_softmax, size, numbers, real),
         softmax_backward=compiled(_softmax_backward, size, numbers, numbers, real),
         spread=compiled(_spread, size, size, size, size, numbers, places, numbers, numbers, numbers),
-        join=compiled(_join, size, size, size, size, numbers, places, numbers, numbers, numbers),
+        join=compiled(_join, size, size, size, size, size, numbers, places, numbers, numbers, numbers),
         keep=owners,
     )

@@ -3,7 +3,8 @@
     a step      per_device_train_batch_size * gradient_accumulation_steps rows, as the config says
     packed      its records, longest first, cut into runs of at most `tokens`; each run is one row of the model, with
                 padding that rounds its length: libraries prepare a product once for each shape. What stands behind
-                the last token that another one's loss is asked of is left out
+                the last token that another one's loss is asked of is left out, and what all records of a run begin
+                with (a template's head, an instruction) stands there once, up to the first loss
     padded      for models whose records cannot share a row: runs filled up to their longest record
     classes     as padded, with one class for each record
 
@@ -24,6 +25,8 @@ from coldpress.nn.packed_attention import Segments, segments_of
 
 __all__ = ["Form", "MicroBatch", "StepBatch", "cut_step", "idle"]
 
+ALIKE = 4
+"""Tokens that the records of a row begin with: fewer stand in it as often as there are records."""
 ROUNDING, LONG = 16, 256
 """A packed row is filled up to a multiple of this many tokens, of four times as many from `LONG` on. oneDNN compiles a
 kernel for each new shape: about 10 ms a length, for all products of a small model, which must not come too often."""
@@ -81,10 +84,12 @@ def cut_step(
     pad_id: int = 0,
     padding_side: str = "right",
     apart: int | None = None,
+    sharing: bool = False,
 ) -> StepBatch:
     """Micro-batches of at most `tokens` tokens (padding counted) and at most `records` records each.
 
-    A record longer than `tokens` is a micro-batch of its own. A step in which no token carries loss has none.
+    `sharing`: what records begin with may stand in a packed row once. A record longer than `tokens` is a micro-batch of
+    its own. A step in which no token carries loss has none.
     """
     found = [record for _, sequence in rows for record in _records(sequence)]
     if form != "classes":
@@ -95,7 +100,11 @@ def cut_step(
     micro = []
     for run in _runs([len(one.ids) for one in found], tokens, records, apart, padded=form != "packed"):
         own = found[run.start : run.stop]
-        micro.append(_packed(own, pad_id, apart) if form == "packed" else _padded(own, pad_id, padding_side, form))
+        micro.append(
+            _packed(own, pad_id, apart, sharing=sharing)
+            if form == "packed"
+            else _padded(own, pad_id, padding_side, form)
+        )
     return StepBatch(tuple(index for index, _ in rows), tuple(micro))
 
 
@@ -136,20 +145,20 @@ def _runs(
         yield range(start, len(lengths))
 
 
-def _packed(records: Sequence[_Record], pad_id: int, apart: int | None) -> MicroBatch:
+def _packed(records: Sequence[_Record], pad_id: int, apart: int | None, *, sharing: bool) -> MicroBatch:
     tokens = sum(len(one.ids) for one in records)
     # What is longer than `apart` must stay so: its length decides how it is computed.
     cut = [_needed(one, whole=apart is not None and len(one.ids) > apart) for one in records]
-    records = _filled(sorted(cut, key=_by_length), pad_id)
-    ids = [token for one in records for token in one.ids]
-    rows, targets, start = [], [], 0
+    shared = _beginning(cut) if sharing else 0
+    records = _filled(sorted(cut, key=_by_length), pad_id, shared)
+    ids, rows, targets = records[0].ids[:shared], [], []
     for one in records:
-        for place, label in enumerate(one.labels):
+        for place, label in enumerate(one.labels[shared:], len(ids)):
             if label != IGNORED:
-                rows.append(start + place)
+                rows.append(place)
                 targets.append(label)
-        start += len(one.ids)
-    segments = segments_of([len(one.ids) for one in records])
+        ids += one.ids[shared:]
+    segments = segments_of([len(one.ids) for one in records], shared)
     inputs = {
         "input_ids": torch.tensor([ids]),
         "position_ids": segments.positions,
@@ -157,6 +166,19 @@ def _packed(records: Sequence[_Record], pad_id: int, apart: int | None) -> Micro
         "loss_targets": torch.tensor(targets, dtype=torch.long),
     }
     return MicroBatch(inputs, segments, len(rows), tokens)
+
+
+def _beginning(records: Sequence[_Record]) -> int:
+    """Tokens that all records begin with and that ask for no loss; 0 where they are not worth it."""
+    low, high = min(one.ids for one in records), max(one.ids for one in records)
+    limit = min(_first_loss(one) for one in records)
+    alike = next((place for place in range(limit) if low[place] != high[place]), limit)
+    return alike if alike >= ALIKE and len(records) > 1 else 0
+
+
+def _first_loss(record: _Record) -> int:
+    last = len(record.ids) - 1  # something of each record is its own
+    return next((place for place, label in enumerate(record.labels) if label != IGNORED), last)
 
 
 def _needed(record: _Record, *, whole: bool) -> _Record:
@@ -168,16 +190,17 @@ def _needed(record: _Record, *, whole: bool) -> _Record:
     return _Record(record.ids[: last + 1], labels[: last + 1], record.target)
 
 
-def _filled(records: list[_Record], pad_id: int) -> list[_Record]:
+def _filled(records: list[_Record], pad_id: int, shared: int) -> list[_Record]:
     """With padding behind the shortest record, which sees nothing of it, or as a record if that is too much."""
-    tokens = sum(len(one.ids) for one in records)
+    tokens = shared + sum(len(one.ids) - shared for one in records)
     filling = -tokens % (ROUNDING if tokens < LONG else 4 * ROUNDING)
-    padding = _Record([pad_id] * filling, [IGNORED] * filling, None)
     shortest = records[-1]
+    padding = _Record([pad_id] * filling, [IGNORED] * filling, None)
     if len(shortest.ids) + filling <= len(records[0].ids):
         joined = _Record(shortest.ids + padding.ids, shortest.labels + padding.labels, shortest.target)
         return sorted([*records[:-1], joined], key=_by_length)
-    return sorted([*records, padding], key=_by_length) if filling else records
+    begun = _Record(shortest.ids[:shared] + padding.ids, [IGNORED] * (shared + filling), None)
+    return sorted([*records, begun], key=_by_length) if filling else records
 
 
 def _padded(records: Sequence[_Record], pad_id: int, padding_side: str, form: Form) -> MicroBatch:

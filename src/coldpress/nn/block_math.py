@@ -128,12 +128,19 @@ def spread(
 
 
 def join(
-    states: torch.Tensor, take: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], turned: int, row: torch.Tensor
+    states: torch.Tensor,
+    take: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    turned: int,
+    row: torch.Tensor,
+    *,
+    adding: bool = False,
 ) -> None:
-    """The other way, turned back."""
+    """The other way, turned back; `adding` to what stands in the row, as a token that is taken twice needs it."""
     heads, places, size = states.shape
-    given = heads, size, turned, places, _at(states), _at(take), *map(_at, angles), _at(row)
-    _run(_kernels(row).join, states.numel(), places, *given)
+    given = heads, size, turned, places, adding, _at(states), _at(take), *map(_at, angles), _at(row)
+    # Threads must not add to the same token.
+    _run(_kernels(row).join, 0 if adding else states.numel(), places, *given)
 
 
 def _kernels(x: torch.Tensor) -> DecoderRows:

@@ -8,6 +8,7 @@ carried along, a position bias of its own) does not agree, and is trained on pad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from coldpress.data.packing import IGNORED, TokenSequence
-from coldpress.nn.batches import ROUNDING, Form, MicroBatch, cut_step
+from coldpress.nn.batches import ALIKE, ROUNDING, Form, MicroBatch, cut_step
 from coldpress.nn.cross_entropy import Head, head_loss
 from coldpress.nn.fused import Fused, fused_layers
 from coldpress.nn.fused_block import fused_blocks
@@ -40,6 +41,8 @@ class Loss:
     apart: int | None = None
     """Records longer than this share no micro-batch with shorter ones: longrope's factors change at this length, for
     all that is computed at once."""
+    sharing: bool = False
+    """Whether tokens that all records of a packed row begin with may stand in it once."""
     _prepare: Callable[[MicroBatch], None] = lambda micro: None
 
     def own_types(self, model: torch.nn.Module) -> bool:
@@ -85,7 +88,7 @@ def loss_of(
             yield Loss("classes", fused)
         return
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    sample = [TokenSequence(one.ids[:PROBE_TOKENS], one.labels[:PROBE_TOKENS]) for one in _short(sequences)]
+    sample = _short(sequences)
     expected = _own_losses(model, sample, autocast)
     with ExitStack() as stack:
         fused = stack.enter_context(fused_layers(model))
@@ -94,17 +97,22 @@ def loss_of(
             if packed is None and expected is not None:
                 packed = _try_packed(model, causal, sample, expected, autocast, stack, fused if blocks else None)
         apart = _rope_switch(causal.config)
-        yield Loss("padded", fused, apart) if packed is None else Loss("packed", fused, apart, packed)
+        if packed is None:
+            yield Loss("padded", fused, apart)
+            return
+        prepare, sharing = packed
+        yield Loss("packed", fused, apart, sharing, prepare)
 
 
 def _short(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Three records for the comparison, each with a loss on every token."""
-    found = []
+    """Three records for the comparison, each with a loss on every token. They begin alike."""
+    found: list[TokenSequence] = []
     for sequence in sequences[:3]:
         lengths = getattr(sequence, "lengths", None) or (len(sequence.ids),)
-        ids = sequence.ids[: lengths[0]]
+        ids = sequence.ids[: min(lengths[0], PROBE_TOKENS)]
         if len(ids) > 1:
-            found.append(TokenSequence(ids, list(ids)))
+            alike = [] if not found else found[0].ids[: min(ALIKE, len(ids) - 1)]
+            found.append(TokenSequence(made := [*alike, *ids[len(alike) :]], list(made)))
     return found
 
 
@@ -132,9 +140,10 @@ def _try_packed(
     autocast: torch.dtype | None,
     stack: ExitStack,
     fused: Fused | None,
-) -> Callable[[MicroBatch], None] | None:
+) -> tuple[Callable[[MicroBatch], None], bool] | None:
     """Put the packed form in place; None, and all as before, where the model does not agree with itself in it.
 
+    Yields what a micro-batch is made ready by, and whether what records begin with may stand in a row once.
     `fused`: whole layers are fused where they can be, and counted here.
     """
     head = _head_of(causal)
@@ -158,27 +167,34 @@ def _try_packed(
             with _evaluating(model), _autocast(device, autocast):
                 return float(model(**micro.inputs))
 
-        batch, answers = (
-            cut_step(list(enumerate(rows)), form="packed", tokens=1 << 20).micro[0].to(device)
-            for rows in (sample, [_last_only(one) for one in sample])
+        def agree(one: float, other: float) -> bool:
+            return abs(one - other) <= AGREES.get(dtype, 2e-2) * abs(other)
+
+        cut = functools.partial(cut_step, form="packed", tokens=1 << 20)
+        last = list(enumerate(_last_only(one) for one in sample))
+        batch, answers, alike = (
+            step.micro[0].to(device) for step in (cut(list(enumerate(sample))), cut(last), cut(last, sharing=True))
         )
         prepare(batch)
         try:
             layers = 0 if fused is None else trial.enter_context(fused_blocks(decoder, function, lambda: run(batch)))
             pairs = [(run(batch), sum(expected))]
-            if layers:  # with all rows in the last layer, and with those that carry loss
-                prepare(answers)
-                some = run(answers)
-                function.rows = None
-                pairs.append((some, run(answers)))
+            prepare(answers)
+            some = run(answers)
+            function.rows = None  # with all rows in the last layer, instead of those that carry loss
+            pairs.append((some, run(answers)))
+            sharing = device.type == "cpu"  # torch's kernel for a GPU takes each record as it lies
+            if sharing:
+                prepare(alike)
+                sharing = agree(run(alike), some)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError):
             return None
-        if not all(abs(one - other) <= AGREES.get(dtype, 2e-2) * abs(other) for one, other in pairs):
+        if not all(agree(*pair) for pair in pairs):
             return None
         if fused is not None and layers:
             fused.counts["decoder layer"] = layers
         stack.enter_context(trial.pop_all())
-        return prepare
+        return prepare, sharing
 
 
 @contextmanager

@@ -5,6 +5,11 @@
                 r2 r2 r2 r2                     runs on these, a kernel call for each bucket
                 r1 r1
 
+Tokens that all records begin with may stand in the row once, before all others: what is computed of them does not
+depend on the record. In a bucket they stand at the head of each record.
+
+    tokens      s s r0 r1 r1 r2 r2 r2           buckets     s s r0 .     s s r2 r2 r2 ...
+
 Filling up at the right needs no mask: a causal model never looks right, and what a filling position computes is left
 out. So the kernels are Transformers' own (SDPA; the model's eager function where it has softcaps or sinks), called on
 ordinary batches, and the result is that of a batch of single records. On an NVIDIA GPU, plain causal attention in
@@ -54,6 +59,9 @@ class Bucket:
     """[tokens]: at which position each token stands."""
     filling: torch.Tensor | None
     """Positions that are filling."""
+    alike: bool = False
+    """Records begin with the same tokens: `start` and `tokens` are those of the row, and `back` leads to those tokens
+    that are the bucket's own."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Segments:
     """[records + 1], int32: cumulative lengths."""
     positions: torch.Tensor
     """[1, T]: the place of each token in its record."""
+    shared: int = 0
+    """Tokens that all records begin with, which stand in the row once."""
 
     def to(self, device: Any) -> Segments:
         """The same with its tensors on a device."""
@@ -78,21 +88,23 @@ class Segments:
             replace(one, take=moved(one.take), back=moved(one.back), filling=moved(one.filling)) for one in self.buckets
         )
         borders, positions = (one.to(device, non_blocking=True) for one in (self.borders, self.positions))
-        return Segments(self.lengths, tuple(buckets), borders, positions)
+        return Segments(self.lengths, tuple(buckets), borders, positions, self.shared)
 
 
-def segments_of(lengths: Sequence[int]) -> Segments:
-    """The layout of records with these lengths, which must be sorted, longest first."""
-    assert all(a >= b > 0 for a, b in pairwise(lengths)), "longest first"
-    buckets, start, token = [], 0, 0
+def segments_of(lengths: Sequence[int], shared: int = 0) -> Segments:
+    """The layout of records with these lengths, which must be sorted, longest first; the first `shared` tokens of all
+    of them stand in the row once."""
+    assert all(a >= b > shared for a, b in pairwise([*lengths, lengths[-1]])), "longest first"
+    buckets, start, token = [], 0, shared
+    total = shared + sum(lengths) - shared * len(lengths)
     for stop in _cuts(lengths):
-        bucket = _bucket(lengths[start:stop], token)
-        buckets.append(bucket)
-        start, token = stop, token + bucket.tokens
+        part = lengths[start:stop]
+        buckets.append(_beginning_alike(part, token, shared, total) if shared else _bucket(part, token))
+        start, token = stop, token + sum(part) - shared * len(part)
     borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     borders[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    return Segments(tuple(lengths), tuple(buckets), borders, positions)
+    positions = torch.cat([torch.arange(shared), *(torch.arange(shared, length) for length in lengths)]).unsqueeze(0)
+    return Segments(tuple(lengths), tuple(buckets), borders, positions, shared)
 
 
 def _cuts(lengths: Sequence[int]) -> Iterator[int]:
@@ -118,6 +130,20 @@ def _bucket(lengths: Sequence[int], start: int) -> Bucket:
     take = torch.where(real, first.unsqueeze(1) + place.unsqueeze(0), first.unsqueeze(1)).reshape(-1)
     flat = real.reshape(-1)
     return Bucket(len(lengths), longest, start, tokens, take, flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1))
+
+
+def _beginning_alike(lengths: Sequence[int], start: int, shared: int, total: int) -> Bucket:
+    """A bucket of records whose own tokens begin at `start` of a row of `total`."""
+    longest = -(-lengths[0] // ROUNDING) * ROUNDING
+    size = torch.tensor(lengths).unsqueeze(1)
+    place = torch.arange(longest).unsqueeze(0)
+    real = place < size
+    first = start + (size - shared).cumsum(0) - size  # the shared ones that are not there counted as well
+    take = torch.where(place < shared, place, first + place).where(real, 0).reshape(-1)
+    own = real & (place >= shared)
+    own[0] |= real[0] & (start == shared)  # the row's first record speaks for all
+    back, filling = (one.reshape(-1).nonzero().squeeze(1) for one in (own, ~real))
+    return Bucket(len(lengths), longest, 0, total, take, back, filling, alike=True)
 
 
 class _FillUp(torch.autograd.Function):  # type: ignore[misc]
@@ -225,7 +251,9 @@ class PackedAttention:
     ) -> torch.Tensor:
         """[tokens of the bucket, H, D]."""
         own = [one.narrow(0, bucket.start, bucket.tokens) for one in states]
-        if bucket.take is not None:
+        if bucket.alike:
+            own = [one.index_select(0, bucket.take) for one in own]
+        elif bucket.take is not None:
             own = [_FillUp.apply(one, bucket.take, bucket.back) for one in own]
         batch = [one.unflatten(0, (bucket.records, bucket.length)).transpose(1, 2) for one in own]
         if bucket.length <= SHORT and not self.masked and _is_plain(batch, bucket.length, window, options):
@@ -234,6 +262,8 @@ class PackedAttention:
         else:
             mask = self._mask(bucket.length, window, batch[0])
             out = self.kernel(module, *batch, mask, **options)[0].flatten(0, 1)
+        if bucket.alike:
+            return out.index_select(0, bucket.back)
         if bucket.take is None:
             return out
         return _TakeBack.apply(out, bucket.take, bucket.back, bucket.filling)

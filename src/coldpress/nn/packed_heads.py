@@ -52,6 +52,8 @@ class Places:
     buckets: tuple[Bucket, ...]
     takes: tuple[torch.Tensor, ...]
     """[n L], int32, for each bucket: the token of the row at each position, or FILLING."""
+    owns: tuple[torch.Tensor, ...]
+    """The same without the tokens that another position speaks for: those that all records begin with."""
     angles: tuple[torch.Tensor, torch.Tensor]
     """cos and sin [T, D], their halves alike."""
 
@@ -63,7 +65,8 @@ Attended = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 def places_of(segments: Segments, cos: torch.Tensor, sin: torch.Tensor) -> Places:
     """cos and sin [1, T, D], their halves alike."""
     takes = tuple(_take(bucket).to(torch.int32) for bucket in segments.buckets)
-    return Places(segments.buckets, takes, (cos[0].contiguous(), sin[0].contiguous()))
+    owns = tuple(_own(*both) for both in zip(segments.buckets, takes, strict=True))
+    return Places(segments.buckets, takes, owns, (cos[0].contiguous(), sin[0].contiguous()))
 
 
 def _take(bucket: Bucket) -> torch.Tensor:
@@ -72,29 +75,37 @@ def _take(bucket: Bucket) -> torch.Tensor:
     return (bucket.take + bucket.start).index_fill_(0, bucket.filling, FILLING)
 
 
+def _own(bucket: Bucket, take: torch.Tensor) -> torch.Tensor:
+    if not bucket.alike or bucket.back is None:
+        return take
+    return torch.full_like(take, FILLING).index_copy_(0, bucket.back, take.index_select(0, bucket.back))
+
+
 def attend(row: torch.Tensor, places: Places, heads: Heads) -> tuple[torch.Tensor, list[Attended]]:
     """row [T, (H + 2 H_kv) D] -> [T, H D], and what the way back needs."""
     found, kept = row.new_empty((len(row), heads.queries * heads.size)), []
-    for bucket, take in zip(places.buckets, places.takes, strict=True):
+    for bucket, take, own in zip(places.buckets, places.takes, places.owns, strict=True):
         states = row.new_empty((heads.all, len(take), heads.size))
         spread(row, take, places.angles, heads.turned, states)
         query, key, value = _by_record(states, bucket, heads)
         shares = _shares(query, key, bucket, heads)
         out = torch.bmm(shares, _for_queries(value, bucket, heads))
-        join(out.view(heads.queries, -1, heads.size), take, places.angles, 0, found)
+        join(out.view(heads.queries, -1, heads.size), own, places.angles, 0, found)
         kept.append((query, key, value, shares if bucket.length <= SHARES_KEPT else None))
     return found, kept
 
 
 def attend_backward(upstream: torch.Tensor, kept: Sequence[Attended], places: Places, heads: Heads) -> torch.Tensor:
     """[T, H D] -> gradient for the row [T, (H + 2 H_kv) D]."""
-    found = upstream.new_empty((len(upstream), heads.all * heads.size))
-    for bucket, take, (query, key, value, shares) in zip(places.buckets, places.takes, kept, strict=True):
+    shape, alike = (len(upstream), heads.all * heads.size), any(one.alike for one in places.buckets)
+    found = upstream.new_zeros(shape) if alike else upstream.new_empty(shape)
+    each = zip(places.buckets, places.takes, places.owns, kept, strict=True)
+    for bucket, take, own, (query, key, value, shares) in each:
         if shares is None:
             shares = _shares(query, key, bucket, heads)
         # 0 at a filling position: nothing reads what it computes
         gradient = upstream.new_empty((heads.queries, len(take), heads.size))
-        spread(upstream, take, places.angles, 0, gradient)
+        spread(upstream, own, places.angles, 0, gradient)
         gradient = gradient.view(query.shape)
         states = upstream.new_empty((heads.all, len(take), heads.size))
         for_query, for_key, for_value = _by_record(states, bucket, heads)
@@ -103,7 +114,7 @@ def attend_backward(upstream: torch.Tensor, kept: Sequence[Attended], places: Pl
         torch.bmm(for_scores, every_key, out=for_query)
         _onto_keys(for_scores, query, for_key, heads)
         _onto_keys(shares, gradient, for_value, heads)
-        join(states, take, places.angles, heads.turned, found)
+        join(states, take, places.angles, heads.turned, found, adding=alike)
     return found
 
 

@@ -362,6 +362,7 @@ def _trainer(
         pad_id=pad_id,
         padding_side=padding_side,
         apart=loss.apart,
+        sharing=loss.sharing,
     )
     if batching.checkpointing is not None:
         arguments.gradient_checkpointing = batching.checkpointing

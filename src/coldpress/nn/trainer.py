@@ -81,9 +81,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         self._trained = ranks.trained(self.model)
         """Of one process: FSDP puts others in their place."""
         self._good: tuple[int, dict[str, torch.Tensor]] | None = None
-        self._small = (
-            sum(one.numel() * one.element_size() for one in self._trained.values()) <= SNAPSHOT_BYTES
-        )
+        self._small = sum(one.numel() * one.element_size() for one in self._trained.values()) <= SNAPSHOT_BYTES
         self.add_callback(_Callback(self))
 
     # -- ranks --------------------------------------------------------------------------------------------------------
