@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from pathlib import Path
 
 __all__ = ["PeakMeter", "resident_memory"]
 
-_STATUS = Path("/proc/self/status")
+_STATM = Path("/proc/self/statm")
+_PAGE = mmap.PAGESIZE
 
 
 class PeakMeter:
@@ -43,10 +45,9 @@ class PeakMeter:
 def resident_memory() -> tuple[int, int]:
     """(resident, of that anonymous) bytes of this process; where the system tells no more, both are the resident."""
     try:
-        with _STATUS.open(encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["VmRSS"].split()[0]) << 10, int(fields["RssAnon"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
+        _, pages, of_files, *_ = map(int, _STATM.read_bytes().split())
+        return pages * _PAGE, (pages - of_files) * _PAGE
+    except (OSError, ValueError):
         import psutil
 
         resident = int(psutil.Process().memory_info().rss)

@@ -164,7 +164,6 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
         product = block_math.gate(both)
         out = tape.forward((block.down,), product).add_(middle)
         ctx.block, ctx.places, ctx.dropouts = block, places, tape.dropouts
-        ctx.dtypes = [None if one is None else one.dtype for one in factors]
         states = [one for each in attended for one in each]
         ctx.save_for_backward(
             entered, inverse, normed, seen, rows, middle, inverse_middle, normed_middle, both, product, *states,
@@ -194,11 +193,8 @@ class _Layer(torch.autograd.Function):  # type: ignore[misc]
         for_entered = tape.backward(block.qkv, for_states, normed, wanted=ctx.needs_input_grad[0])
         if for_entered is not None:
             carried = block_math.norm_backward(for_entered, entered, first.weight, inverse, carried)
-        gradients = [
-            None if one is None else one.to(dtype)
-            for one, dtype in zip(reversed(tape.gradients), ctx.dtypes, strict=True)
-        ]
-        return carried.unsqueeze(0) if for_entered is not None else None, None, None, None, *gradients
+        # Autograd turns these into the type of the factors.
+        return carried.unsqueeze(0) if for_entered is not None else None, None, None, None, *reversed(tape.gradients)
 
 
 def _spread(some: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
