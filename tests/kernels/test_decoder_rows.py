@@ -175,6 +175,14 @@ def test_heads_apart_and_back(numbers: Numbers) -> None:
     numbers.near(twice, 2 * once, 2 * np.abs(once).max())
 
 
+def test_narrow_and_widen(numbers: Numbers) -> None:
+    x, y, wide = np.random.default_rng(0).standard_normal(D).astype(np.float32), numbers(D), np.empty(D, np.float32)
+    numbers.run.narrow(0, D, x, 1.5, y)
+    numbers.near(y, x.astype(np.float64) * 1.5)
+    numbers.run.widen(0, D, y, 0.75, wide)
+    np.testing.assert_allclose(wide, numbers.value(y) * 0.75, rtol=ROUNDED["float32"])
+
+
 def test_parts_are_the_whole(numbers: Numbers) -> None:
     """Threads that share a call write what one writes."""
     k, x, w = numbers.run, numbers(T, D), numbers(D)

@@ -5,6 +5,7 @@
     dropped         y = m x, m a dropout's mask, not divided by 1 - p       Srivastava et al. 2014
     softmax         P = softmax(s S) over the columns up to the row's own   causal attention
     spread, join    a row's heads apart, turned by their position, and back Su et al. 2021, equation 34
+    narrow, widen   s x of a trained matrix in the type of the products, and back
 
 A mask is not stored: whether a value stays is a hash of its place and of two seeds, which the way back asks again (the
 finalizer of Appleby's MurmurHash3, with the seeds added on the way). Arithmetic is float32's, results are rounded once
@@ -62,6 +63,10 @@ class DecoderRows:
     join: Kernel
     """H, D, R, n L, whether to add to what stands in the row; states [H, n L, D], take, cos, sin, row [T, H D]: turned
     the other way round."""
+    narrow: Kernel
+    """x [n] float32, s, y [n]: s x in the type of the others; over numbers."""
+    widen: Kernel
+    """x [n], s, y [n] float32: the other way; over numbers."""
     keep: Any = None
     """What owns the machine code."""
 
@@ -285,6 +290,18 @@ def _turn(a: Any, b: Any, cos: Any, sin: Any, sign: Any, adding: Any, out_a: Any
         out_b[i] = _store(_load(b[i]) * _load(cos[i]) + _load(a[i]) * _load(sin[i]) * sign + before, a[i])
 
 
+def _narrow(first: Any, last: Any, x_at: Any, scale: Any, y_at: Any) -> None:
+    x, y = numba.carray(x_at, last)[first:], numba.carray(y_at, last)[first:]
+    for i in range(x.size):
+        y[i] = _store(x[i] * scale, y[i])
+
+
+def _widen(first: Any, last: Any, x_at: Any, scale: Any, y_at: Any) -> None:
+    x, y = numba.carray(x_at, last)[first:], numba.carray(y_at, last)[first:]
+    for i in range(x.size):
+        y[i] = _load(x[i]) * scale
+
+
 # -- machine code ------------------------------------------------------------------------------------------------------
 
 _C_TYPES = {"int64": ctypes.c_int64, "uint32": ctypes.c_uint32, "float32": ctypes.c_float}
@@ -321,5 +338,7 @@ def decoder_rows(dtype: str) -> DecoderRows:
         softmax_backward=compiled(_softmax_backward, size, numbers, numbers, real),
         spread=compiled(_spread, size, size, size, size, numbers, places, numbers, numbers, numbers),
         join=compiled(_join, size, size, size, size, size, numbers, places, numbers, numbers, numbers),
+        narrow=compiled(_narrow, reals, real, numbers),
+        widen=compiled(_widen, numbers, real, reals),
         keep=owners,
     )

@@ -27,11 +27,13 @@ __all__ = [
     "gate",
     "gate_backward",
     "join",
+    "narrowed",
     "norm",
     "norm_backward",
     "softmax_",
     "softmax_backward_",
     "spread",
+    "widened",
 ]
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -141,6 +143,22 @@ def join(
     given = heads, size, turned, places, adding, _at(states), _at(take), *map(_at, angles), _at(row)
     # Threads must not add to the same token.
     _run(_kernels(row).join, 0 if adding else states.numel(), places, *given)
+
+
+def narrowed(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale x [n, m] float32 in another type, rounded once."""
+    if x.dtype != torch.float32 or (scale == 1.0 and x.dtype == dtype):
+        return (x if scale == 1.0 else x * scale).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    _run(_of_type(dtype).narrow, x.numel(), x.numel(), _at(x), scale, _at(out))
+    return out
+
+
+def widened(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale x [n, m] in float32."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    _run(_kernels(x).widen, x.numel(), x.numel(), _at(x), scale, _at(out))
+    return out
 
 
 def _kernels(x: torch.Tensor) -> DecoderRows:

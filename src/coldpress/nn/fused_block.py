@@ -65,7 +65,7 @@ class _Tape:
     dropouts: list[Dropout | None]
     """Of each product."""
     kept: list[torch.Tensor | None] = field(default_factory=list)
-    """A, B, s (m * x) A^T and m * x of each product."""
+    """Of each product A and s B in the type of x (or A and B: `_small`), (m * x) A^T, and m * x where it is small."""
     gradients: list[torch.Tensor | None] = field(default_factory=list)
     """For the factors, from the last one to the first."""
     done: int = 0
@@ -85,14 +85,10 @@ class _Tape:
         if a is None or b is None:
             self.kept += [None] * 4
             return out
-        own_a, own_b = a.to(x.dtype), b.to(x.dtype)
+        own_a, own_b = _factors(product, dropout, a, b, x.dtype)
         left = block_math.dropped(x, dropout)
         inner = torch.mm(left, own_a.t())
-        scale = _scale(product, dropout)
-        if scale != 1.0:
-            inner.mul_(scale)
-        small = a.numel() + b.numel() <= CASTS_KEPT
-        self.kept += [*((own_a, own_b) if small else (a, b)), inner, left if left.numel() <= LEFT_KEPT else None]
+        self.kept += [*((own_a, own_b) if _small(a, b) else (a, b)), inner, left if left.numel() <= LEFT_KEPT else None]
         return out.addmm_(inner, own_b.t())
 
     def backward(
@@ -113,17 +109,28 @@ class _Tape:
             if a is None or b is None or inner is None:
                 self.gradients += [None, None]
                 continue
-            for_inner = torch.mm(part, b.to(x.dtype))
-            scale = _scale(product, dropout)
-            if scale != 1.0:
-                for_inner.mul_(scale)
-            self.gradients.append(torch.mm(part.t(), inner))
-            self.gradients.append(torch.mm(for_inner.t(), block_math.dropped(x, dropout) if left is None else left))
+            own_a, own_b = (a, b) if _small(a, b) else _factors(product, dropout, a, b, x.dtype)
+            for_inner = torch.mm(part, own_b)
+            self.gradients.append(block_math.widened(torch.mm(part.t(), inner), _scale(product, dropout)))
+            left = block_math.dropped(x, dropout) if left is None else left
+            self.gradients.append(block_math.widened(torch.mm(for_inner.t(), left), 1.0))
             if for_x is not None and dropout is not None:
-                block_math.add_dropped(for_x, torch.mm(for_inner, a.to(x.dtype)), dropout)
+                block_math.add_dropped(for_x, torch.mm(for_inner, own_a), dropout)
             elif for_x is not None:
-                for_x.addmm_(for_inner, a.to(x.dtype))
+                for_x.addmm_(for_inner, own_a)
         return for_x
+
+
+def _factors(
+    product: Product, dropout: Dropout | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and s B in the type of the products."""
+    return block_math.narrowed(a, 1.0, dtype), block_math.narrowed(b, _scale(product, dropout), dtype)
+
+
+def _small(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether what `_factors` makes is kept for the way back; else it is made again."""
+    return a.numel() + b.numel() <= CASTS_KEPT
 
 
 def _scale(product: Product, dropout: Dropout | None) -> float:
