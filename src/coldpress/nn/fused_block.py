@@ -130,7 +130,8 @@ def _factors(
 
 def _small(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether what `_factors` makes is kept for the way back; else it is made again."""
-    return a.numel() + b.numel() <= CASTS_KEPT
+    count: int = a.numel() + b.numel()
+    return count <= CASTS_KEPT
 
 
 def _scale(product: Product, dropout: Dropout | None) -> float:
