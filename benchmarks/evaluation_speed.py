@@ -6,6 +6,10 @@ The model is the example's fine-tuned one (made at the first run, under benchmar
 set. Each runner in a process of its own, both ways in turn there. The bar: 5 times the records a second, the same
 accuracy (within two standard errors of their difference, from the records on which the two ways disagree). `--shots`
 puts so many examples before every record, as prompts of untuned models have: they are computed once for all.
+
+Both ways read the prompt. How fast its matrix products alone can be computed here, in batches and in float32, is
+measured as well: no way of asking a model in float32 is quicker than that, so a written answer's time, divided by it,
+is the most that the ratio of a float32 runner can be.
 """
 
 from __future__ import annotations
@@ -107,7 +111,28 @@ def measure(model: Path, kind: str, rounds: int, records: int, shots: int) -> di
         for run in sides.values():  # a first round warms up
             run()
         speeds = in_turn(sides, rounds)
-    return {"speeds": speeds, "right": right}
+    own = [len(one.ids) for one in tokenizer.backend.encode_batch(list(dict.fromkeys(answers.prompts)))]
+    return {"speeds": speeds, "right": right, "tokens": statistics.mean(own)}
+
+
+def products_alone(model: Path, tokens: float) -> float:
+    """Seconds that the products of a prompt of so many tokens take in float32, of 32 prompts at a time, head aside."""
+    import torch
+    from safetensors import safe_open
+
+    count, shapes = round(32 * tokens), list[tuple[int, ...]]()
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if name.endswith("_proj.weight")]  # noqa: SIM118 - no mapping
+            shapes += [tuple(weights.get_slice(name).get_shape()) for name in names]
+    made = {shape: (torch.randn(count, shape[1]), torch.randn(shape[1], shape[0])) for shape in set(shapes)}
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        for shape in shapes:
+            torch.mm(*made[shape])
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:]) / 32
 
 
 def row(name: str, found: dict[str, Any]) -> tuple[str, bool]:
@@ -146,7 +171,7 @@ def main() -> None:
     print(f"\n{machine()}; {options.rounds} rounds in turn, {options.records} records, {options.shots} shots\n")
     print("| runner | by likelihood, records/s | written one by one | ratio | accuracy | accuracy, written |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    loads = []
+    loads, slowest = [], {}
     for name, model, kind in RUNNERS:
         command = [sys.executable, __file__, "--one", str(found[model]), kind]
         command += ["--rounds", str(options.rounds), "--records", str(options.records)]
@@ -155,7 +180,13 @@ def main() -> None:
         # As the engine's workers have it: GNU OpenMP's threads otherwise spin against whatever else runs.
         environment = {**os.environ, "GOMP_SPINCOUNT": "1000"}
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-        print(row(name, json.loads(out.splitlines()[-1]))[0], flush=True)
+        measured = json.loads(out.splitlines()[-1])
+        slowest[name] = 1 / statistics.median(measured["speeds"]["writing"])
+        print(row(name, measured)[0], flush=True)
+    if not options.shots:  # else most of the prompt is computed once for all
+        alone = products_alone(found["tuned"], measured["tokens"])
+        most = ", ".join(f"{name} {slow / alone:.1f}" for name, slow in slowest.items() if name.endswith("fp32"))
+        print(f"\nproducts of a prompt alone: {1e3 * alone:.2f} ms, {1 / alone:.0f} records/s; so at most: {most}")
     print(f"\nload {min(loads):.1f} to {max(loads):.1f}")
 
 
