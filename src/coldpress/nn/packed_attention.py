@@ -310,6 +310,7 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    assert not segments.shared, "each record lies in the row as a whole"
     longest = segments.lengths[0]
     states = [one[0].transpose(0, 1).contiguous() for one in (query, key, value)]
     out = varlen_attn(
