@@ -24,12 +24,17 @@ import torch
 
 from coldpress.nn import block_math
 from coldpress.nn.block_math import Dropout
-from coldpress.nn.fused import CASTS_KEPT, EXACT, ROUNDED, Norm, Product, agree, is_silu, norm_of, product_of
-from coldpress.nn.packed_attention import SHORT, PackedAttention
+from coldpress.nn.fused import CASTS_KEPT, EXACT, Norm, Product, agree, is_silu, norm_of, product_of
+from coldpress.nn.packed_attention import PackedAttention
 from coldpress.nn.packed_heads import Attended, Heads, Places, attend, attend_backward, places_of
 
 __all__ = ["fused_blocks"]
 
+LONGEST = 512
+"""Tokens of a record up to which its attention is plain products, with all L^2 shares of a head at hand."""
+AGREES = 4e-2
+"""As `fused.ROUNDED`, for a whole layer in 16 bits: the gradients of queries and keys are differences of nearly equal
+numbers, each rounded (up to 2.7e-2 in a model of random weights; in float32, 1e-4 holds)."""
 LEFT_KEPT = 1 << 18
 """Numbers of m * x that are kept for the way back; more are computed again."""
 
@@ -239,7 +244,7 @@ class _Shared:
         if segments is None or angles is None or x.dtype != block.dtype or angles[0].dtype != x.dtype:
             return False
         longest = segments.buckets[0].length
-        if longest > SHORT or (block.window is not None and longest > block.window):
+        if longest > LONGEST or (block.window is not None and longest > block.window):
             return False
         kept = bool(given.get("use_cache")) or any(
             given.get(name) is not None for name in ("attention_mask", "past_key_values")
@@ -369,4 +374,4 @@ def _agrees(layer: Any, forward: Callable[..., torch.Tensor], entered: torch.Ten
     finally:
         layer.train(was_training)
     exact = entered.dtype == torch.float32
-    return all(agree(one, other, EXACT if exact else ROUNDED) for one, other in zip(*results, strict=True))
+    return all(agree(one, other, EXACT if exact else AGREES) for one, other in zip(*results, strict=True))
