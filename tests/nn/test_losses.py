@@ -18,6 +18,7 @@ imports.load_training()
 import peft  # noqa: E402 - after the imports that hide what it would pull in
 import torch  # noqa: E402
 
+from coldpress.nn import fused_block  # noqa: E402
 from coldpress.nn.batches import cut_step  # noqa: E402
 from coldpress.nn.block_math import Dropout, draw_seeds, dropped  # noqa: E402
 from coldpress.nn.fused import Product  # noqa: E402
@@ -159,6 +160,26 @@ def test_layers_are_fused_whole(name: str) -> None:
     found = gradients(model)
     for key, gradient in expected_gradients.items():
         assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+def test_whole_layers_are_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed again on the way back, as Transformers' own would be, and the gradients stay what they were."""
+    model, rows = adapted("llama-gqa").train(), records(80)
+    runs, own = [], fused_block._Layer.forward
+    monkeypatch.setattr(fused_block._Layer, "forward", lambda *given: (runs.append(1), own(*given))[1])
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with loss_of(model, rows, autocast=None) as loss:
+            assert loss.fused.counts["decoder layer"]
+            (micro,) = cut_step(list(enumerate(rows)), form=loss.form, tokens=4096).micro
+            runs.clear()
+            loss(model, micro).backward()
+            assert len(runs) == TINY["llama-gqa"]["num_hidden_layers"] * (1 + checkpointing)
+            found.append(gradients(model))
+    for key, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][key]), key
 
 
 def test_layers_built_otherwise_keep_their_own_code() -> None:

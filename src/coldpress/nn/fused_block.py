@@ -257,6 +257,8 @@ class _Shared:
 
 def _forward(layer: Any, block: _Block, shared: _Shared) -> Callable[..., torch.Tensor]:
     own = layer.forward
+    # Transformers puts checkpointing around the class's forward (before 5.2x around the call, and so around this one).
+    checkpointed = hasattr(type(layer).forward, "__wrapped__")
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or not shared.fits(block, hidden_states, kwargs):
@@ -264,7 +266,10 @@ def _forward(layer: Any, block: _Block, shared: _Shared) -> Callable[..., torch.
         places = shared.places(*kwargs["position_embeddings"])
         rows = shared.function.rows if block.last and shared.trimmed else None
         factors = [None if one is None else one.weight for product in block.products for one in (product.a, product.b)]
-        return _Layer.apply(hidden_states, block, places, rows, *factors)
+        given = (hidden_states, block, places, rows, *factors)
+        if checkpointed and layer.training and getattr(layer, "gradient_checkpointing", False):
+            return layer._gradient_checkpointing_func(_Layer.apply, *given)
+        return _Layer.apply(*given)
 
     return forward
 
