@@ -24,6 +24,7 @@ from coldpress.passes.base import Context, Limits, PlanContext, Planned
 from coldpress.passes.classification import as_trained, trained_config, write_config
 from coldpress.passes.fine_tuning import (
     computes_in,
+    longest_record,
     prepared_data,
     refuse_untrainable,
     require_packages,
@@ -98,7 +99,9 @@ class AdapterTraining:
             base_quantization=quantization if self.recorded(config) else None,
             task=spec.task,
         )
-        memory = self.memory(config, adaptation, quantization, as_trained(spec), env.hardware, env.accelerator.device)
+        memory = self.memory(
+            config, adaptation, quantization, as_trained(spec), env.hardware, env.accelerator.device, length
+        )
         name = env.data(config.train_data_config).name
         written = 4 * trained_parameters(adaptation, as_trained(spec))
         return Planned(planned, training_estimate(config, spec, env, memory, length, name, written=written), notes)
@@ -111,6 +114,7 @@ class AdapterTraining:
         spec: Spec,
         hardware: Hardware,
         device: str,
+        longest: int,
     ) -> TrainingMemory:
         layers = max(1, size_of(spec, "num_hidden_layers", 1))
         return training_memory(
@@ -121,6 +125,7 @@ class AdapterTraining:
             trained=trained_parameters(adaptation, spec),
             quantization=quantization,
             rank=sum(adaptation.ranks.values()) // layers,
+            longest=None if self.peft_type != "LORA" or adaptation.settings.get("use_dora") else longest,
         )
 
     def refuse_other(self, config: Any, spec: Spec) -> None:
@@ -186,7 +191,9 @@ class AdapterTraining:
                 ctx.work,
                 begins_as_base=not self.starts_apart and adaptation.begins_as_base,
             )
-        memory = self.memory(config, adaptation, quantization, sizes, ctx.hardware, ctx.accelerator.device)
+        memory = self.memory(
+            config, adaptation, quantization, sizes, ctx.hardware, ctx.accelerator.device, longest_record(prepared)
+        )
         record = train_model(config, adapted, prepared, tokenizer, memory, ctx)
         if ctx.rank == 0:
             save(adapter)

@@ -27,6 +27,7 @@ from coldpress.passes.training_ranks import ranks_note, refuse_sharding
 
 __all__ = [
     "computes_in",
+    "longest_record",
     "prepared_data",
     "refuse_untrainable",
     "require_packages",
@@ -198,10 +199,15 @@ def train_model(
     return {**report.to_dict(), "arguments": arguments, "trained": changes.to_dict()}
 
 
+def longest_record(prepared: Prepared) -> int:
+    """Tokens of it."""
+    return max(max(getattr(one, "lengths", None) or (len(one.ids),)) for one in prepared.train.sequences)
+
+
 def _batching(config: TrainingConfig, prepared: Prepared, memory: TrainingMemory, ctx: Context) -> Batching:
     """How much runs at once, from the longest record and the memory that is free now."""
     device = ctx.accelerator.device
-    longest = max(max(getattr(one, "lengths", None) or (len(one.ids),)) for one in prepared.train.sequences)
+    longest = longest_record(prepared)
     room = free_memory(ctx.hardware, ctx.accelerator, ctx.neighbours)
     batching, said = choose_batching(config, divided(memory, config, ctx.ranks), room, device, longest)
     if ctx.ranks > 1 and config.training_args.get("fsdp"):

@@ -11,8 +11,8 @@
     with dropout, a byte more for each input of an adapted layer
     with checkpointing: H a layer, and one layer as above
 
-On a CPU the allocator takes 1.6 times that (`_ALLOCATOR`). Frozen weights in the checkpoint's own type are mapped from
-its files there: they take room, and are no anonymous memory.
+On a CPU the allocator takes 1.6 times that (`_ALLOCATOR`), and 1.2 times where layers are computed whole. Frozen
+weights in the checkpoint's own type are mapped from its files there: they take room, and are no anonymous memory.
 
 Constants that are measured say so; benchmarks/estimate_memory.py holds the sum against real trainings.
 """
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from coldpress.artifacts.base import BaseQuantization, Spec
+from coldpress.artifacts.classifiers import GENERATION
 from coldpress.config.schema import Accelerator
 from coldpress.errors import CheckpointError, PlanError, TrainingError
 from coldpress.hardware import Hardware
@@ -51,6 +52,8 @@ _PROCESS_BYTES = 330_000_000
 """Anonymous memory of a process with torch, Transformers and PEFT loaded (measured)."""
 _ALLOCATOR = {"cpu": 1.6, "gpu": 1.15}
 """Memory taken for each byte that is kept: freed pieces that fit nothing, buffers of kernels. Measured on the CPU."""
+_WHOLE_LAYERS, _WHOLE_TYPES, _WHOLE_LENGTH = 1.2, ("llama", "phi3", "qwen2", "smollm3"), 512
+"""The same where adapters of such models are trained on a CPU, on records of such a length (see nn/fused_block.py)."""
 _AT_ONCE = {"cpu": 2048, "gpu": 8192}
 """Tokens of a micro-batch, at most: matrix products are long enough by then."""
 _LOGITS_BYTES = {"cpu": 2 * (16 << 20), "gpu": 2 * (256 << 20)}
@@ -109,9 +112,10 @@ def training_memory(
     quantization: BaseQuantization | None,
     rank: int = 0,
     whole: bool = False,
+    longest: int | None = None,
 ) -> TrainingMemory:
     """`trained` numbers train, in float32; `rank` is the sum over the adapted matrices of a layer. `whole`: all weights
-    train, so none is held frozen."""
+    train, so none is held frozen. `longest`: tokens of a record, where the adapter is a plain one."""
     linear = spec.linear_layers()
     width = {"float32": 4, "bfloat16": 2, "float16": 4}[config.torch_dtype]
     if config.torch_dtype == "bfloat16" and device == "cpu" and not hardware.fast_bf16:
@@ -128,13 +132,16 @@ def training_memory(
         layer += 5 * hidden + queries + inner
     if whole:  # linear layers of autograd's own, and norms that are trained: float32 copies of their inputs
         layer += 4 * 4 * hidden
+    in_one = spec.model_type in _WHOLE_TYPES and longest is not None and longest <= _WHOLE_LENGTH
+    in_one = in_one and device == "cpu" and spec.task == GENERATION
+    allocator = _WHOLE_LAYERS if in_one else _ALLOCATOR[device]
     largest = max((math.prod(shape) for shape in linear.values()), default=0)
     return TrainingMemory(
         process=_PROCESS_BYTES,
         weights=weights,
         mapped=weights if device == "cpu" and not in_four_bits and spec.precision == config.torch_dtype else 0,
         trained=trained * _bytes_trained(config.training_args),
-        layer=int(_ALLOCATOR[device] * layer),
+        layer=int(allocator * layer),
         layers=layers,
         stream=int(_ALLOCATOR[device] * width * hidden),
         rest=int(_ALLOCATOR[device] * width * (6 * hidden + 4 * inner)),
