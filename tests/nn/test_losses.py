@@ -162,6 +162,26 @@ def test_layers_are_fused_whole(name: str) -> None:
         assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3-gqa"])
+def test_long_records_are_computed_whole(name: str) -> None:
+    """Beyond 64 tokens the shares of attention are computed again on the way back."""
+    model, draw = adapted(name), random.Random(0)
+    made = [[draw.randrange(3, TINY[name]["vocab_size"]) for _ in range(length)] for length in (300, 170, 66)]
+    rows = [TokenSequence(ids, list(ids)) for ids in made]
+    expected, expected_gradients = alone(model, rows)
+    with loss_of(model, rows, autocast=None) as loss:
+        assert loss.fused.counts["decoder layer"]
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.forward = None  # its own code is not run
+        (micro,) = cut_step(list(enumerate(rows)), form=loss.form, tokens=4096).micro
+        one = loss(model, micro)
+        one.backward()
+    assert float(one.detach()) == pytest.approx(expected, rel=1e-5)
+    found = gradients(model)
+    for key, gradient in expected_gradients.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
+
+
 def test_whole_layers_are_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed again on the way back, as Transformers' own would be, and the gradients stay what they were."""
     model, rows = adapted("llama-gqa").train(), records(80)

@@ -1,4 +1,4 @@
-"""A whole decoder layer on a packed row of short records as one step of autograd.
+"""A whole decoder layer on a packed row of records of up to 512 tokens as one step of autograd.
 
     y = x + o_proj(attention(qkv_proj(norm(x))))          out = y + down_proj(silu(gate) * up of norm(y))
 
