@@ -116,7 +116,9 @@ def test_what_records_begin_with_stands_once(lengths: list[int], alike: int, tok
                 if row in asked:
                     found.append((context, asked[row]))
         assert computed == list(range(len(ids)))
-        assert len(ids) % ROUNDING == 0
+        own = max(segments.lengths) - segments.shared
+        assert len(ids) % ROUNDING == 0 or (segments.shared and own * len(segments.lengths) < 4 * ROUNDING)
+        assert int(micro.inputs["position_ids"].max()) < max(lengths), "padding counts no further than the records"
     assert len(found) == len(wanted)
     assert set(found) == wanted
     assert step.tokens == sum(lengths)

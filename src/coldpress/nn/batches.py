@@ -191,16 +191,21 @@ def _needed(record: _Record, *, whole: bool) -> _Record:
 
 
 def _filled(records: list[_Record], pad_id: int, shared: int) -> list[_Record]:
-    """With padding behind the shortest record, which sees nothing of it, or as a record if that is too much."""
+    """With padding behind the shortest record, which sees nothing of it, or as records if that is too much: none longer
+    than the longest, for some models count positions; and not more of them than there are."""
     tokens = shared + sum(len(one.ids) - shared for one in records)
     filling = -tokens % (ROUNDING if tokens < LONG else 4 * ROUNDING)
-    shortest = records[-1]
+    shortest, longest = records[-1], len(records[0].ids)
     padding = _Record([pad_id] * filling, [IGNORED] * filling, None)
-    if len(shortest.ids) + filling <= len(records[0].ids):
+    if len(shortest.ids) + filling <= longest:
         joined = _Record(shortest.ids + padding.ids, shortest.labels + padding.labels, shortest.target)
         return sorted([*records[:-1], joined], key=_by_length)
-    begun = _Record(shortest.ids[:shared] + padding.ids, [IGNORED] * (shared + filling), None)
-    return sorted([*records, begun], key=_by_length) if filling else records
+    most = longest - shared if shared else filling
+    parts = [padding.ids[start : start + most] for start in range(0, filling, most)]
+    if len(parts) > len(records):
+        return records
+    begun = [_Record(shortest.ids[:shared] + part, [IGNORED] * (shared + len(part)), None) for part in parts]
+    return sorted([*records, *begun], key=_by_length)
 
 
 def _padded(records: Sequence[_Record], pad_id: int, padding_side: str, form: Form) -> MicroBatch:

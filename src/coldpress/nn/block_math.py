@@ -66,6 +66,7 @@ def draw_seeds(count: int) -> list[tuple[int, int]]:
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """w * round(x / sqrt(mean(x^2) + eps)) of x [T, d], and 1 / sqrt(...) [T] float32."""
+    assert weight.dtype == x.dtype
     out, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
     _run(_kernels(x).norm, x.numel(), *x.shape, _at(x), _at(weight), eps, _at(out), _at(inverse))
     return out, inverse

@@ -183,7 +183,8 @@ def _try_packed(
             some = run(answers)
             function.rows = None  # with all rows in the last layer, instead of those that carry loss
             pairs.append((some, run(answers)))
-            sharing = device.type == "cpu"  # torch's kernel for a GPU takes each record as it lies
+            # torch's kernel for a GPU takes each record as it lies
+            sharing = device.type == "cpu" and alike.segments is not None and alike.segments.shared > 0
             if sharing:
                 prepare(alike)
                 sharing = agree(run(alike), some)

@@ -52,7 +52,7 @@ _PROCESS_BYTES = 330_000_000
 """Anonymous memory of a process with torch, Transformers and PEFT loaded (measured)."""
 _ALLOCATOR = {"cpu": 1.6, "gpu": 1.15}
 """Memory taken for each byte that is kept: freed pieces that fit nothing, buffers of kernels. Measured on the CPU."""
-_WHOLE_LAYERS, _WHOLE_TYPES, _WHOLE_LENGTH = 1.2, ("llama", "phi3", "qwen2", "smollm3"), 512
+_WHOLE_LAYERS, _WHOLE_TYPES, _WHOLE_LENGTH = 1.2, ("llama", "phi3", "qwen2"), 512
 """The same where adapters of such models are trained on a CPU, on records of such a length (see nn/fused_block.py)."""
 _AT_ONCE = {"cpu": 2048, "gpu": 8192}
 """Tokens of a micro-batch, at most: matrix products are long enough by then."""
@@ -132,8 +132,7 @@ def training_memory(
         layer += 5 * hidden + queries + inner
     if whole:  # linear layers of autograd's own, and norms that are trained: float32 copies of their inputs
         layer += 4 * 4 * hidden
-    in_one = spec.model_type in _WHOLE_TYPES and longest is not None and longest <= _WHOLE_LENGTH
-    in_one = in_one and device == "cpu" and spec.task == GENERATION
+    in_one = device == "cpu" and longest is not None and _in_one(config, spec, longest)
     allocator = _WHOLE_LAYERS if in_one else _ALLOCATOR[device]
     largest = max((math.prod(shape) for shape in linear.values()), default=0)
     return TrainingMemory(
@@ -146,6 +145,18 @@ def training_memory(
         stream=int(_ALLOCATOR[device] * width * hidden),
         rest=int(_ALLOCATOR[device] * width * (6 * hidden + 4 * inner)),
         fixed=_LOGITS_BYTES[device] + (largest * (width + 4) if quantization else 0),
+    )
+
+
+def _in_one(config: TrainingConfig, spec: Spec, longest: int) -> bool:
+    """Whether whole layers are computed at once (`nn.fused_block`), as far as the configs say."""
+    rope = spec.config.get("rope_parameters") or spec.config.get("rope_scaling") or {}
+    part = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    part = part or spec.config.get("partial_rotary_factor") or 1.0
+    window = spec.config.get("sliding_window") or longest
+    plain = part == 1.0 and not spec.config.get("attention_dropout") and not config.training_args.get("torch_compile")
+    return (
+        plain and spec.model_type in _WHOLE_TYPES and spec.task == GENERATION and longest <= min(_WHOLE_LENGTH, window)
     )
 
 
