@@ -86,7 +86,8 @@ class TrainingMemory:
     stream: int
     """A token, in each layer under checkpointing."""
     rest: int
-    """A token, outside of the layers: the last hidden states and their gradient, transients of the backward pass."""
+    """A token, outside of the layers: the last hidden states and their gradient, transients of the backward pass (of
+    whole layers, the attention's shares in one record and their gradient)."""
     fixed: int
     """Of a micro-batch of any size: logits of a slice, a dequantized matrix."""
 
@@ -133,6 +134,7 @@ def training_memory(
     if whole:  # linear layers of autograd's own, and norms that are trained: float32 copies of their inputs
         layer += 4 * 4 * hidden
     in_one = device == "cpu" and longest is not None and _in_one(config, spec, longest)
+    shares = 2 * width * heads * longest if in_one and longest else 0
     allocator = _WHOLE_LAYERS if in_one else _ALLOCATOR[device]
     largest = max((math.prod(shape) for shape in linear.values()), default=0)
     return TrainingMemory(
@@ -143,7 +145,7 @@ def training_memory(
         layer=int(allocator * layer),
         layers=layers,
         stream=int(_ALLOCATOR[device] * width * hidden),
-        rest=int(_ALLOCATOR[device] * width * (6 * hidden + 4 * inner)),
+        rest=int(_ALLOCATOR[device] * width * (6 * hidden + 4 * inner)) + shares,
         fixed=_LOGITS_BYTES[device] + (largest * (width + 4) if quantization else 0),
     )
 
