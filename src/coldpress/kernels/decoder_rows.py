@@ -12,8 +12,8 @@ finalizer of Appleby's MurmurHash3, with the seeds added on the way). Arithmetic
 to the type of the numbers. Each kernel works on the rows from `first` to before `last` of its outermost dimension,
 without the GIL, so that threads can share one call.
 
-Kernels are C functions on addresses: a small layer calls some twenty of them, each for about 10 microseconds of work,
-and Numba's own way of taking an array, with torch's of giving it, costs half as much again.
+Kernels are C functions on addresses: a small layer calls many of them for little work each, and Numba's own way of
+taking an array, with torch's of giving it, is a large part of that.
 
     T   tokens      d   width      n   records of one length L      H   heads of D numbers, the first R of them turned
     numbers are float32, or bfloat16 as uint16 patterns; all arrays are contiguous
@@ -67,7 +67,7 @@ class DecoderRows:
     """x [n] float32, s, y [n]: s x in the type of the others; over numbers."""
     widen: Kernel
     """x [n], s, y [n] float32: the other way; over numbers."""
-    keep: Any = None
+    keep: Any
     """What owns the machine code."""
 
 

@@ -34,7 +34,7 @@ LONGEST = 512
 """Tokens of a record up to which its attention is plain products, with all L^2 shares of a head at hand."""
 AGREES = 4e-2
 """As `fused.ROUNDED`, for a whole layer in 16 bits: the gradients of queries and keys are differences of nearly equal
-numbers, each rounded (up to 2.7e-2 in a model of random weights; in float32, 1e-4 holds)."""
+numbers, each rounded."""
 LEFT_KEPT = 1 << 18
 """Numbers of m * x that are kept for the way back; more are computed again."""
 
@@ -257,7 +257,7 @@ class _Shared:
 
 def _forward(layer: Any, block: _Block, shared: _Shared) -> Callable[..., torch.Tensor]:
     own = layer.forward
-    # Transformers puts checkpointing around the class's forward (before 5.2x around the call, and so around this one).
+    # Transformers wraps the class's forward in checkpointing, which this one goes past (or the call: then it does not).
     checkpointed = hasattr(type(layer).forward, "__wrapped__")
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
