@@ -24,6 +24,7 @@ from coldpress.nn.block_math import Dropout, draw_seeds, dropped  # noqa: E402
 from coldpress.nn.fused import Product  # noqa: E402
 from coldpress.nn.layer_math import dropped_out, random_mask  # noqa: E402
 from coldpress.nn.losses import loss_of  # noqa: E402
+from coldpress.passes import training_estimate  # noqa: E402
 from oracles.decoders import TINY, tiny_model  # noqa: E402
 
 PADDED = {"qwen2-window", "gemma3", "llama-dynamic"}
@@ -200,6 +201,11 @@ def test_whole_layers_are_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
             found.append(gradients(model))
     for key, gradient in found[0].items():
         assert torch.equal(gradient, found[1][key]), key
+
+
+def test_the_estimate_knows_which_records_are_computed_whole() -> None:
+    """It is made without torch, so it cannot ask."""
+    assert training_estimate._WHOLE_LENGTH == fused_block.LONGEST
 
 
 def test_layers_built_otherwise_keep_their_own_code() -> None:

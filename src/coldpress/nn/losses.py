@@ -181,8 +181,9 @@ def _try_packed(
             pairs = [(run(batch), sum(expected))]
             prepare(answers)
             some = run(answers)
-            function.rows = None  # with all rows in the last layer, instead of those that carry loss
-            pairs.append((some, run(answers)))
+            if layers:  # with all rows in the last layer, instead of those that carry loss
+                function.rows = None
+                pairs.append((some, run(answers)))
             # torch's kernel for a GPU takes each record as it lies
             sharing = device.type == "cpu" and alike.segments is not None and alike.segments.shared > 0
             if sharing:
