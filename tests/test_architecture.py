@@ -14,7 +14,7 @@ import coldpress
 SOURCE = Path(coldpress.__file__).parent
 FLOORS = (
     {"errors"},
-    {"digest", "events", "registry", "hardware", "memory", "scores", "units"},
+    {"described", "digest", "events", "registry", "hardware", "memory", "scores", "units"},
     {"kernels", "config", "record"},
     {"artifacts", "goals", "summary"},
     {"data", "model_card", "report"},

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coldpress.described import Described
 from coldpress.errors import StoreError
 
 __all__ = [
@@ -29,8 +30,8 @@ FAILED_FILE = "failed.json"
 R = TypeVar("R", bound=BaseModel)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, protected_namespaces=())
+class _Part(Described):
+    model_config = ConfigDict(extra="ignore")
 
 
 class GpuRecord(_Part):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from coldpress.described import Described
 
 __all__ = ["Frozen", "Text"]
 
@@ -12,9 +14,7 @@ Text = Annotated[str, Field(min_length=1)]
 """A text that says something."""
 
 
-class Frozen(BaseModel):
+class Frozen(Described):
     """Base of every config type: immutable, unknown keys forbidden, field docstrings become help text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), populate_by_name=True
-    )
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)

@@ -16,6 +16,7 @@ from coldpress.config.reporters import REPORTERS
 from coldpress.config.rules_passes import DEFAULT, SEARCHABLE, TRAINING_PASSES
 from coldpress.config.schema import PassEntry, Workflow
 from coldpress.config.training_args import TrainingArgument, refused_arguments, training_arguments
+from coldpress.described import descriptions_of
 
 __all__ = ["workflow_json_schema"]
 
@@ -37,7 +38,7 @@ def workflow_json_schema(passes: Mapping[str, type[BaseModel]]) -> dict[str, Any
     definitions["pass"] = {
         "type": "object",
         "required": ["type"],
-        "properties": {"type": {"enum": list(passes), "description": PassEntry.model_fields["type"].description}},
+        "properties": {"type": {"enum": list(passes), "description": descriptions_of(PassEntry)["type"]}},
         "oneOf": variants,
     }
     one = {"$ref": "#/$defs/pass"}

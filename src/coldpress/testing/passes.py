@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from coldpress.artifacts.base import Artifact
 from coldpress.config.candidates import candidates_of
 from coldpress.config.schema import Accelerator, DataConfig
+from coldpress.described import descriptions_of
 from coldpress.events import Event
 from coldpress.hardware import detect
 from coldpress.passes.base import Context, PlanContext
@@ -72,8 +73,8 @@ class PassContract:
         assert type(case.config).model_validate(case.config.model_dump(mode="json")) == case.config
 
     def test_every_field_has_help(self, case: PassCase) -> None:
-        fields = type(case.config).model_fields
-        assert not [name for name, field_ in fields.items() if not field_.description]
+        cls: type[BaseModel] = type(case.config)
+        assert not set(cls.model_fields) - set(descriptions_of(cls))
 
     def test_candidates_of_a_search_are_values(self, case: PassCase) -> None:
         """What SEARCHABLE_VALUES stands for, one value at a time; training arguments are checked by the loader."""
