@@ -70,8 +70,7 @@ def test_logits_of_given_tokens(kind: str, opened: dict[str, Any], expected: lis
 def test_going_on_from_prompts_of_any_length(
     kind: str, shared: int, opened: dict[str, Any], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("onnx_runner", "genai_runner"):
-        monkeypatch.setattr(f"coldpress.evaluate.{module}._PREFIX_SHARE", 0.1)
+    monkeypatch.setattr("coldpress.evaluate.onnx_runner._PREFIX_SHARE", 0.1)
     runner = opened[kind]
     assert runner.continues
     state, scores = runner.start(PROMPTS, shared=shared)
@@ -96,6 +95,52 @@ def test_a_prefix_of_all_prompts_is_run_once(opened: dict[str, Any], monkeypatch
     runner.start([[9, 8, 7, 6, 5], [9, 8, 7, 6, 4, 3]], shared=4)
     runner.start([[9, 8, 7, 6, 1]], shared=4)
     assert seen == [(1, 4), (2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "onnx padded on the left", "onnx with a pruned head", "genai"])
+def test_one_after_the_other_reads_what_is_new(
+    kind: str, models: dict[str, Artifact], tiny_phi3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a text and the one before it begin with is in the cache; in longer and shorter turns, and after a tail."""
+    rng = np.random.default_rng(1)
+    monkeypatch.setattr("coldpress.evaluate.onnx_runner._PREFIX_SHARE", 0.1)
+    head = rng.integers(0, 256, 20).tolist()
+    reference = TorchRunner(tiny_phi3)
+    with open_runner(models[kind], runner="onnxruntime-genai" if kind == "genai" else None) as opened:
+        runner: Any = opened
+        reader = runner._reader if kind == "genai" else runner._row
+        known: list[int] = []
+        append = reader.append
+
+        def watch(ids: Any, start: int, keep: int) -> Any:
+            known.append(start)
+            return append(ids, start, keep)
+
+        monkeypatch.setattr(reader, "append", watch)
+        for rest, tail in (
+            ([1, 2, 3], [4, 5, 6]),
+            ([1, 2, 9], [7]),
+            ([1, 2], [3, 4]),
+            (list(range(60)), [8]),
+            ([5], [6]),
+        ):
+            prompt = [*head, *rest]
+            assert not runner.side_by_side([len(prompt)], 20)
+            expected = reference.logits([[*prompt, *tail]])[0]
+            state, scores = runner.start([prompt], shared=20)
+            np.testing.assert_allclose(scores[0], expected[len(prompt) - 1], atol=ATOL)
+            (found,) = runner.following(state, [0], [tail])
+            np.testing.assert_allclose(found, expected[len(prompt) :], atol=ATOL)
+        assert known == [0, 23, 22, 23, 21, 22, 20, 80, 20, 21]
+
+
+def test_no_cache_is_copied_for_a_token(opened: dict[str, Any]) -> None:
+    """As GenAI has it: read and written in place, as long as there is room."""
+    state, _ = opened["onnx"].start(PROMPTS)
+    before = {name: one.data_ptr() for name, one in state.caches.items()}
+    _, now = opened["onnx"]._step(state, [1] * len(PROMPTS))
+    assert {name: one.data_ptr() for name, one in now.caches.items()} == before
+    assert now.lengths == [length + 1 for length in state.lengths]
 
 
 def greedy(model: Any, prompt: list[int], new: int) -> list[int]:

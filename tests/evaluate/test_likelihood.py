@@ -42,6 +42,10 @@ class FakeContinuing(FakeRunner):
     """The same, going on from prompts that it was given once."""
 
     continues = True
+    in_batches = True
+
+    def side_by_side(self, lengths: Sequence[int], shared: int) -> bool:
+        return self.in_batches
 
     def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[Any, Any]:
         assert len({tuple(one[:shared]) for one in prompts}) == 1

@@ -85,6 +85,13 @@ class ContinuingRunner(LogitsRunner, Protocol):
     continues: bool
     """False where the model has no cache that rows of different lengths can share."""
 
+    def side_by_side(self, lengths: Sequence[int], shared: int) -> bool:
+        """Whether prompts of these lengths, which all begin with the same `shared` tokens, are best run in batches.
+
+        Else each is started and continued before the next: what it and the one before it begin with is computed once.
+        """
+        ...
+
     def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[Any, Logits]:
         """State after the prompts, and the scores of the next token [prompts, vocabulary].
 

@@ -1,8 +1,8 @@
 """ONNX Runtime GenAI: models as its users run them, with its own cache and its own choice of graphs.
 
 Given tokens go through in one call a batch, padded on the right. A batch may be fed only once, so prompts that are
-continued have a generator each, which is wound back afterwards (a model with a graph of its own for prompts cannot be);
-where most of a prompt is what all begin with, they have one together, wound back to that.
+continued go one by one through one generator, wound back to what a text and the one before it both begin with (a model
+with a graph of its own for prompts cannot be wound back).
 A graph whose head is pruned yields the last token's logits alone: plain ONNX Runtime scores labels with it. The
 tokenizer of GenAI is not used: it adds no BOS where the checkpoint's does.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from coldpress.artifacts.base import read_json
 from coldpress.config.metrics import RunnerChoice
 from coldpress.errors import CheckpointError, MissingExtraError, StepError
 from coldpress.evaluate.abilities import Ability, Stop
+from coldpress.evaluate.reading import Reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,27 +32,28 @@ __all__ = ["GenAIRunner"]
 
 
 _ROOM = 32
-"""Tokens that may follow a prompt in its own generator, whose cache is that much longer."""
-_PREFIX_SHARE = 0.5
-"""Of the longest prompt: a prefix that is shorter is read again with each, since what follows it is run twice else."""
+"""Tokens that may follow the longest text so far before a generator with more room is made."""
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt, and a generator that has read its first tokens: all, or those it shares with the others."""
+class _Generator(Reader):
+    """A generator that reads text after text."""
 
-    ids: tuple[int, ...]
-    generator: Any
-    read: int
+    def __init__(self, runner: GenAIRunner) -> None:
+        super().__init__()
+        self._runner, self._room = runner, 0
+        self._generator: Any = None
 
-    def scores(self, new: Sequence[int], keep: int) -> Logits:
-        """Logits after each of the last `keep` tokens of the prompt and `new`; the generator is as before."""
+    def append(self, ids: Sequence[int], known: int, keep: int) -> Logits:
         import numpy as np
 
-        self.generator.append_tokens(np.asarray([*self.ids[self.read :], *new], np.int32))
-        out = np.array(self.generator.get_output("logits"))[0, -keep:].astype(np.float32)
-        self.generator.rewind_to(self.read)
-        return out
+        limit = self._runner.context_length
+        if len(ids) > self._room:
+            self._room = len(ids) + _ROOM if limit is None else max(len(ids), min(len(ids) + _ROOM, limit))
+            self._generator, known = self._runner.generator(1, self._room), 0
+        else:
+            self._generator.rewind_to(known)
+        self._generator.append_tokens(np.asarray(ids[known:], np.int32))
+        return np.array(self._generator.get_output("logits"))[0, -keep:].astype(np.float32)
 
 
 class GenAIRunner:
@@ -82,7 +83,7 @@ class GenAIRunner:
                 self._activate(adapter)
         except RuntimeError as error:
             raise CheckpointError(f"ONNX Runtime GenAI cannot load {folder}: {error}") from error
-        self._prefix: tuple[tuple[int, ...], int, Any] | None = None
+        self._reader = _Generator(self)
         self._all_logits = self._yields_all_logits()
         self.continues = self._all_logits and "pipeline" not in config.get("decoder", {})
 
@@ -106,11 +107,11 @@ class GenAIRunner:
             self._adapters.load(str(made), "adapter")
 
     def _yields_all_logits(self) -> bool:
-        generator = self._generator(1, 3)
+        generator = self.generator(1, 3)
         generator.append_tokens([self._pad, self._pad])
         return bool(generator.get_output("logits").shape[1] == 2)
 
-    def _generator(self, rows: int, length: int, **options: Any) -> Any:
+    def generator(self, rows: int, length: int, **options: Any) -> Any:
         parameters = self._og.GeneratorParams(self._model)
         parameters.set_search_options(do_sample=False, batch_size=rows, max_length=length, **options)
         generator = self._og.Generator(self._model, parameters)
@@ -133,57 +134,30 @@ class GenAIRunner:
         for row, one in enumerate(batch):
             ids[row, : len(one)] = one
         try:
-            generator = self._generator(len(batch), longest)
+            generator = self.generator(len(batch), longest)
             generator.append_tokens(ids)
         except RuntimeError as error:
             raise self._failed(error) from error
         return generator
 
-    def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[list[_Prompt], Logits]:
+    def side_by_side(self, lengths: Sequence[int], shared: int) -> bool:
+        return False
+
+    def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[Sequence[Sequence[int]], Logits]:
         import numpy as np
 
-        longest = max(len(ids) for ids in prompts)
+        return prompts, np.concatenate([self._read(ids, 1) for ids in prompts])
+
+    def following(
+        self, state: Sequence[Sequence[int]], rows: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        return [self._read([*state[row], *new], len(new)) for row, new in zip(rows, tokens, strict=True)]
+
+    def _read(self, ids: Sequence[int], keep: int) -> Logits:
         try:
-            shared = min(shared, *(len(ids) - 1 for ids in prompts))
-            if shared > _PREFIX_SHARE * longest:
-                generator = self._behind(tuple(prompts[0][:shared]), longest + _ROOM)
-                state = [_Prompt(tuple(ids), generator, shared) for ids in prompts]
-                return state, np.concatenate([prompt.scores((), 1) for prompt in state])
-            state, scores = [], []
-            for ids in prompts:
-                generator = self._reader(ids, len(ids) + _ROOM)
-                state.append(_Prompt(tuple(ids), generator, len(ids)))
-                scores.append(np.array(generator.get_output("logits"))[0, -1].astype(np.float32))
-            return state, np.stack(scores)
+            return self._reader.read(ids, keep)
         except RuntimeError as error:
             raise self._failed(error) from error
-
-    def _behind(self, prefix: tuple[int, ...], room: int) -> Any:
-        """The generator that has read a prefix; it is kept, since all batches have the same."""
-        if self._prefix is None or self._prefix[0] != prefix or self._prefix[1] < room:
-            self._prefix = (prefix, room, self._reader(prefix, room))
-        return self._prefix[2]
-
-    def _reader(self, ids: Sequence[int], room: int) -> Any:
-        """A generator that has read tokens, with room for more."""
-        import numpy as np
-
-        generator = self._generator(1, room if self.context_length is None else min(room, self.context_length))
-        generator.append_tokens(np.asarray(ids, np.int32))
-        return generator
-
-    def following(self, state: Sequence[_Prompt], rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
-        found: list[Logits] = []
-        for row, new in zip(rows, tokens, strict=True):
-            prompt = state[row]
-            if len(new) > _ROOM:
-                found.append(self.logits([[*prompt.ids, *new]])[0][len(prompt.ids) :])
-                continue
-            try:
-                found.append(prompt.scores(new, len(new)))
-            except RuntimeError as error:
-                raise self._failed(error) from error
-        return found
 
     def forward(self, batch: Sequence[Sequence[int]]) -> None:
         """Run prompts as before a generation."""
@@ -220,7 +194,7 @@ class GenAIRunner:
         import numpy as np
 
         try:
-            generator = self._generator(1, length, **options)
+            generator = self.generator(1, length, **options)
             generator.append_tokens(np.asarray(prompt, np.int32))
             for _ in range(new_tokens):
                 if generator.is_done():
@@ -234,4 +208,5 @@ class GenAIRunner:
         return StepError(f"ONNX Runtime GenAI cannot run {self._folder}: {error}")
 
     def close(self) -> None:
-        self._model = self._adapters = self._prefix = None
+        self._model = self._adapters = None
+        self._reader = _Generator(self)

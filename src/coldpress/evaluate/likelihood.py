@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from coldpress.data.templates import Encoded
 from coldpress.evaluate.abilities import ContinuingRunner, LogitsRunner
+from coldpress.evaluate.reading import common_prefix
 from coldpress.evaluate.runners import batches_of, in_batches
 
 if TYPE_CHECKING:
@@ -125,10 +126,9 @@ class _Task:
 
 def _continue(tasks: Sequence[_Task], runner: ContinuingRunner, batch_size: int, report: Callable[[int], None]) -> None:
     prompts = [task.ids[0][: task.shared] for task in tasks]
-    common = _common_prefix(prompts)
-    shared = common if common >= _MIN_SHARED else 0
+    batches, shared = _started(prompts, runner, batch_size)
     done = 0
-    for batch in batches_of([len(one) for one in prompts], batch_size, runner.vocab_size):
+    for batch in batches:
         state, scores = runner.start([prompts[place] for place in batch], shared=shared)
         for row, log_probabilities in enumerate(log_softmax(scores)):
             tasks[batch[row]].learn_first(log_probabilities)
@@ -157,11 +157,19 @@ def _run_whole(tasks: Sequence[_Task], runner: LogitsRunner, batch_size: int, re
             task.learn_whole(chosen, log_softmax(logits[task.first - 1 : -1]))
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that all begin with; one less than the shortest at most, so that something is left of each."""
-    low, high = min(map(list, sequences)), max(map(list, sequences))
-    limit = min(map(len, sequences)) - 1
-    return next((place for place in range(limit) if low[place] != high[place]), limit)
+def _started(
+    prompts: Sequence[Sequence[int]], runner: ContinuingRunner, batch_size: int
+) -> tuple[list[list[int]], int]:
+    """Which prompts are started together, and how many tokens all begin with, where that is worth a run.
+
+    One less than the shortest has at most, so that something is left of each.
+    """
+    lengths = [len(one) for one in prompts]
+    shared = min(common_prefix(min(map(list, prompts)), max(map(list, prompts))), min(lengths) - 1)
+    shared = shared if shared >= _MIN_SHARED else 0
+    if runner.side_by_side(lengths, shared):
+        return batches_of(lengths, batch_size, runner.vocab_size), shared
+    return [[place] for place in sorted(range(len(prompts)), key=lambda place: list(prompts[place]))], shared
 
 
 def log_softmax(logits: Any) -> Floats:
@@ -222,8 +230,9 @@ def _score_continued(
         of_context.setdefault(tuple(context), []).append(place)
     contexts = list(of_context)
     done = 0
-    for batch in batches_of([len(one) for one in contexts], batch_size, going_on.vocab_size):
-        state, scores = going_on.start([contexts[place] for place in batch])
+    batches, shared = _started(contexts, going_on, batch_size) if contexts else ([], 0)
+    for batch in batches:
+        state, scores = going_on.start([contexts[place] for place in batch], shared=shared)
         waiting: list[tuple[int, int]] = []
         for row, log_probabilities in enumerate(log_softmax(scores)):
             for place in of_context[contexts[batch[row]]]:

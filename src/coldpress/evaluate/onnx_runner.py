@@ -1,12 +1,14 @@
 """ONNX decoders on plain ONNX Runtime: logits of given tokens, and a cache that is carried on outside.
 
-    prompt    [rows, T] padded on the right, empty cache      -> scores of the last token, cache [row, head, T, size]
+    prompt    [rows, T] padded on the right, empty cache      -> scores of the last token, cache [row, head, room, size]
     step      [rows, 1], mask [rows, T + 1]                   -> its scores; the token lies behind the row's last
 
 GroupQueryAttention counts the tokens of each row by the mask, so rows of different lengths share a cache; with a cache
 it takes one new token at a time, or several of one row alone (ONNX Runtime 1.32, CPU). That is why continuations
-go token by token, and why a prefix that all prompts share is worth keeping only where it is most of the prompt. A
-graph that is not for GenAI (padding on the left, or another exporter's) tells tokens from padding by their slots.
+go token by token, and why prompts go one by one where most of them is a prefix that all share. On the CPU the caches
+that it reads are those that it writes, with room for more tokens, as GenAI has it: nothing is copied for a token. A
+graph that is not for GenAI (padding on the left, or another exporter's) tells tokens from padding by their slots, and
+yields new caches each time.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from coldpress.artifacts.base import read_json
 from coldpress.config.metrics import RunnerChoice
 from coldpress.errors import CheckpointError, StepError
 from coldpress.evaluate.abilities import Ability, Stop
+from coldpress.evaluate.reading import Reader
 from coldpress.hardware import detect
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ _SPINNING = "session.intra_op.allow_spinning"
 """Whether threads wait busily; beside other work that is slow, so the builder turns it off but for one profile."""
 _PREFIX_SHARE = 2.0
 """Prompts run one by one after their shared prefix only where it is so many times as long as the rest."""
+_ROOM = 32
+"""Tokens that a cache has room for beyond those in it."""
 
 _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -68,7 +73,11 @@ def open_session(
 
 @dataclass
 class _Past:
-    """Prompts that were run: name -> OrtValue [row, head, token, size], padded on the right."""
+    """Prompts that were run: name -> OrtValue [row, head, token, size], padded on the right.
+
+    A token more is written behind each row's last, into the same caches where they have room: what was there before
+    stays as it is, so that another token may take its place afterwards.
+    """
 
     caches: dict[str, Any]
     mask: Any
@@ -86,6 +95,43 @@ class _Past:
             return self
         caches = {name: _ort_value(one.numpy()[list(chosen), :, :width]) for name, one in self.caches.items()}
         return _Past(caches, self.mask[list(chosen), :width])
+
+    def with_room(self, tokens: int) -> _Past:
+        """The same, in caches for so many tokens and some more."""
+        import numpy as np
+
+        if next(iter(self.caches.values())).shape()[2] >= tokens:
+            return self
+        more = max(_ROOM, tokens // 4)
+        caches = {}
+        for name, one in self.caches.items():
+            had = one.numpy()
+            wide = np.zeros((*had.shape[:2], tokens + more, had.shape[3]), had.dtype)
+            wide[:, :, : had.shape[2]] = had
+            caches[name] = _ort_value(wide)
+        return _Past(caches, self.mask)
+
+
+class _Row(Reader):
+    """One row of a model's cache."""
+
+    def __init__(self, runner: OnnxRunner) -> None:
+        super().__init__()
+        self._runner = runner
+        self._past: _Past | None = None
+
+    def append(self, ids: Sequence[int], known: int, keep: int) -> Logits:
+        import numpy as np
+
+        past, self._past = self._past, None
+        past = None if past is None or not known else self._runner.cut(past, known)
+        end = len(ids) if self._runner.yields_all else len(ids) - keep + 1
+        found = []
+        for new in (ids[known:end], *([token] for token in ids[end:])):
+            scores, past = self._runner.after(past, new)
+            found.append(scores)
+        self._past = past
+        return np.concatenate(found)
 
 
 class OnnxRunner:
@@ -137,7 +183,12 @@ class OnnxRunner:
         self._complete: dict[Path, Path] = {}
         """Graph -> the one that yields all logits of it."""
         self._outlines: dict[Path, tuple[Mapping[str, str], tuple[str, ...]]] = {}
-        self._prefix: tuple[tuple[int, ...], _Past | None] = ((), None)
+        self._in_place = (
+            execution_provider == "CPUExecutionProvider"
+            and not self._by_slots
+            and bool(read_json(folder / "genai_config.json").get("search", {}).get("past_present_share_buffer"))
+        )
+        self._row = _Row(self)
         self.vocab_size = int(genai.get("vocab_size") or self._session.get_outputs()[0].shape[-1])
         limit = genai.get("context_length")
         self.context_length = None if limit is None else int(limit)
@@ -220,12 +271,12 @@ class OnnxRunner:
     def logits(self, batch: Sequence[Sequence[int]]) -> list[Logits]:
         if self._prompt_graph is not None:
             return [self._handed_over(ids, self._prompt_graph) for ids in batch]
-        feeds, _ = self._prompt_feeds(self._session, batch)
+        feeds, _ = self._prompt_feeds(self._session, batch, room=0)
         (out,) = self._session.run(["logits"], feeds, self._options)
         return [out[row, : len(one)].astype("float32", copy=False) for row, one in enumerate(batch)]
 
-    def _prompt_feeds(self, session: Any, batch: Sequence[Sequence[int]]) -> tuple[dict[str, Any], Any]:
-        """Inputs for rows that begin with an empty cache, and their mask."""
+    def _prompt_feeds(self, session: Any, batch: Sequence[Sequence[int]], *, room: int) -> tuple[dict[str, Any], Any]:
+        """Inputs for rows that begin with an empty cache (with room for so many tokens), and their mask."""
         import numpy as np
 
         rows, longest = len(batch), max(len(ids) for ids in batch)
@@ -240,7 +291,7 @@ class OnnxRunner:
             feeds["position_ids"] = np.broadcast_to(np.arange(longest, dtype=np.int64), (rows, longest)).copy()
         for name, one in inputs.items():
             if name.startswith("past_key_values."):
-                feeds[name] = np.zeros((rows, one.shape[1], 0, one.shape[3]), _FLOATS[one.type])
+                feeds[name] = np.zeros((rows, one.shape[1], room, one.shape[3]), _FLOATS[one.type])
         return feeds, mask
 
     def _own_inputs(self, session: Any) -> dict[str, Any]:
@@ -281,44 +332,71 @@ class OnnxRunner:
 
     # -- with a cache -------------------------------------------------------------------------------------------------
 
-    def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[_Past, Logits]:
+    def side_by_side(self, lengths: Sequence[int], shared: int) -> bool:
+        rest = sum(lengths) / len(lengths) - shared
+        return self._prompt_graph is not None or shared <= _PREFIX_SHARE * rest
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], *, shared: int = 0
+    ) -> tuple[_Past | Sequence[Sequence[int]], Logits]:
         import numpy as np
 
         lengths = [len(ids) for ids in prompts]
-        shared = min(shared, min(lengths) - 1)
-        rest = sum(length - shared for length in lengths) / len(lengths)
-        if self._prompt_graph is None and shared > _PREFIX_SHARE * rest:
-            return self._one_by_one(prompts, shared)
+        if not self.side_by_side(lengths, min(shared, min(lengths) - 1)):
+            return prompts, np.concatenate([self._row.read(ids) for ids in prompts])
+        return self._started(prompts)
+
+    def _started(self, prompts: Sequence[Sequence[int]]) -> tuple[_Past, Logits]:
+        """The caches of prompts, and the scores of the next token."""
+        import numpy as np
+
         session = self._decoding if self._prompt_graph is None else self._open(self._prompt_graph)
-        feeds, mask = self._prompt_feeds(session, prompts)
+        lengths = [len(ids) for ids in prompts]
+        feeds, mask = self._prompt_feeds(session, prompts, room=max(lengths) + _ROOM if self._in_place else 0)
         scores, past = self._run(session, {name: _ort_value(one) for name, one in feeds.items()}, mask)
         last = np.array(lengths) - 1 if scores.shape[1] > 1 else np.zeros(len(lengths), np.int64)
         return past, scores[np.arange(len(prompts)), last]
 
+    @property
+    def yields_all(self) -> bool:
+        """Whether the graph as it is used yields the logits of every token it is given."""
+        return EVALUATION_GRAPH not in self._outline(self._graph)[0]
+
+    def after(self, past: _Past | None, new: Sequence[int]) -> tuple[Logits, _Past]:
+        """Logits of tokens behind the cache of one row: [tokens, or 1, vocabulary]."""
+        import numpy as np
+
+        if past is None:
+            room = len(new) + _ROOM if self._in_place else 0
+            feeds, mask = self._prompt_feeds(self._decoding, [new], room=room)
+            feeds = {name: _ort_value(one) for name, one in feeds.items()}
+        else:
+            mask = np.ones((1, past.mask.shape[1] + len(new)), np.int64)
+            feeds = self._feeds_after(past, [new], mask)
+        scores, now = self._run(self._decoding, feeds, mask)
+        return scores[0], now
+
+    def cut(self, past: _Past, tokens: int) -> _Past:
+        """The first tokens of one row."""
+        mask = past.mask[:, :tokens]
+        if self._in_place:
+            return _Past(past.caches, mask)
+        return _Past({name: _ort_value(one.numpy()[:, :, :tokens]) for name, one in past.caches.items()}, mask)
+
     def _run(self, session: Any, feeds: dict[str, Any], mask: Any) -> tuple[Any, _Past]:
         """Logits as an array, and the cache after it."""
         names = [name for name in self._outline(self._graph)[1] if name.startswith("past_key_values.")]
-        out = session.run_with_ort_values(["logits", *map(_present, names)], feeds, self._options)
-        scores = out[0].numpy().astype("float32", copy=False)
-        return scores, _Past(dict(zip(names, list(out)[1:], strict=True)), mask)
-
-    def _one_by_one(self, prompts: Sequence[Sequence[int]], shared: int) -> tuple[_Past, Logits]:
-        """Each prompt behind the cache of the prefix; the rows are then put together."""
-        import numpy as np
-
-        prefix = tuple(prompts[0][:shared])
-        if self._prefix[0] != prefix:
-            feeds, mask = self._prompt_feeds(self._decoding, [prefix])
-            self._prefix = (prefix, self._run(self._decoding, {n: _ort_value(v) for n, v in feeds.items()}, mask)[1])
-        start = self._prefix[1]
-        assert start is not None
-        pasts, scores = [], []
-        for ids in prompts:
-            mask = np.ones((1, len(ids)), np.int64)
-            out, past = self._run(self._decoding, self._feeds_after(start, [ids[shared:]], mask), mask)
-            pasts.append(past)
-            scores.append(out[0, -1])
-        return _stacked(pasts), np.stack(scores)
+        if not self._in_place:
+            out = session.run_with_ort_values(["logits", *map(_present, names)], feeds, self._options)
+            return _floats(out[0]), _Past(dict(zip(names, list(out)[1:], strict=True)), mask)
+        bound = session.io_binding()
+        for name, value in feeds.items():
+            bound.bind_ortvalue_input(name, value)
+        for name in names:
+            bound.bind_ortvalue_output(_present(name), feeds[name])
+        bound.bind_output("logits")
+        session.run_with_iobinding(bound, self._options)
+        return _floats(bound.get_outputs()[-1]), _Past({name: feeds[name] for name in names}, mask)
 
     def _feeds_after(self, past: _Past, tokens: Sequence[Sequence[int]], mask: Any) -> dict[str, Any]:
         """Inputs for as many new tokens in every row, behind a cache; `mask` covers both."""
@@ -330,7 +408,8 @@ class OnnxRunner:
         if "position_ids" in self._outline(self._graph)[1]:
             new = feeds["input_ids"].shape[1]
             feeds["position_ids"] = mask.sum(axis=1, keepdims=True) - new + np.arange(new)
-        return {**{name: _ort_value(one) for name, one in feeds.items()}, **past.caches}
+        caches = past.with_room(mask.shape[1]).caches if self._in_place else past.caches
+        return {**{name: _ort_value(one) for name, one in feeds.items()}, **caches}
 
     def _step(self, past: _Past, tokens: Sequence[int]) -> tuple[Logits, _Past]:
         """One token behind each row."""
@@ -342,12 +421,18 @@ class OnnxRunner:
         out, now = self._run(self._decoding, self._feeds_after(past, [[token] for token in tokens], mask), mask)
         return out[:, -1], now
 
-    def following(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
+    def following(
+        self, state: _Past | Sequence[Sequence[int]], rows: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> list[Logits]:
         import numpy as np
 
+        if not isinstance(state, _Past):
+            return [self._row.read([*state[row], *new], len(new)) for row, new in zip(rows, tokens, strict=True)]
+        if self._fits_beside(state, rows, tokens):
+            return self._beside_others(state, rows, tokens)
         lengths = state.lengths
         found: list[Any] = [None] * len(tokens)
-        for group in self._side_by_side([lengths[row] for row in rows], [len(one) for one in tokens]):
+        for group in self._groups([lengths[row] for row in rows], [len(one) for one in tokens]):
             past = state.rows([rows[place] for place in group])
             scores = []
             for number in range(len(tokens[group[0]])):
@@ -357,7 +442,29 @@ class OnnxRunner:
                 found[place] = np.stack([one[row] for one in scores])
         return found
 
-    def _side_by_side(self, lengths: Sequence[int], news: Sequence[int]) -> Iterator[list[int]]:
+    def _fits_beside(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> bool:
+        """Whether all rows can go on together: each is asked once, most of them are, and none leaves the context."""
+        longest = max(state.lengths) + max(len(one) for one in tokens)
+        within = self.context_length is None or longest <= self.context_length
+        return within and len(set(rows)) == len(rows) and 2 * len(rows) >= len(state.mask)
+
+    def _beside_others(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
+        """All rows go on, so that no cache is copied; what the others, and those that are done, yield is not used."""
+        import numpy as np
+
+        found: list[list[Any]] = [[] for _ in rows]
+        past = state
+        for number in range(max(len(one) for one in tokens)):
+            given = [0] * len(state.mask)
+            for row, one in zip(rows, tokens, strict=True):
+                given[row] = one[number] if number < len(one) else 0
+            scores, past = self._step(past, given)
+            for place, row in enumerate(rows):
+                if number < len(tokens[place]):
+                    found[place].append(scores[row])
+        return [np.stack(one) for one in found]
+
+    def _groups(self, lengths: Sequence[int], news: Sequence[int]) -> Iterator[list[int]]:
         """Rows with as many new tokens, in groups whose longest row has room for them within the context."""
         group: list[int] = []
         for place in sorted(range(len(lengths)), key=lambda place: (news[place], lengths[place])):
@@ -380,7 +487,7 @@ class OnnxRunner:
     ) -> list[list[int]]:
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = list(range(len(prompts)))
-        past, scores = self.start(prompts)
+        past, scores = self._started(prompts)
         while True:
             going = []
             for place, row in enumerate(open_rows):
@@ -396,7 +503,7 @@ class OnnxRunner:
             scores, past = self._step(past, [made[row][-1] for row in open_rows])
 
     def stream(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
-        past, scores = self.start([prompt])
+        past, scores = self._started([prompt])
         for number in range(new_tokens):
             token = int(scores[0].argmax())
             yield token
@@ -405,7 +512,7 @@ class OnnxRunner:
 
     def close(self) -> None:
         self._sessions.clear()
-        self._prefix = ((), None)
+        self._row = _Row(self)
 
 
 def _sizes(folder: Path) -> dict[str, Any]:
@@ -422,28 +529,17 @@ def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
+def _floats(value: Any) -> Logits:
+    """Of an OrtValue, as float32."""
+    array: Logits = value.numpy().astype("float32", copy=False)
+    return array
+
+
 def _ort_value(array: Any) -> Any:
     import numpy as np
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-
-def _stacked(pasts: Sequence[_Past]) -> _Past:
-    """Rows of one, of different lengths, as one cache padded on the right."""
-    import numpy as np
-
-    longest = max(past.mask.shape[1] for past in pasts)
-
-    def wide(array: Any, axis: int) -> Any:
-        missing = [(0, longest - size if place == axis else 0) for place, size in enumerate(array.shape)]
-        return np.pad(array, missing)
-
-    caches = {
-        name: _ort_value(np.concatenate([wide(past.caches[name].numpy(), 2) for past in pasts]))
-        for name in pasts[0].caches
-    }
-    return _Past(caches, np.concatenate([wide(past.mask, 1) for past in pasts]))
 
 
 def _prompt_graph(folder: Path, genai: dict[str, Any]) -> Path | None:

@@ -98,6 +98,9 @@ class TorchRunner:
         """Run prompts as before a generation: scores of the last token, and a cache."""
         self.start(batch)
 
+    def side_by_side(self, lengths: Sequence[int], shared: int) -> bool:
+        return True
+
     def start(self, prompts: Sequence[Sequence[int]], *, shared: int = 0) -> tuple[Any, Logits]:
         import torch
 
