@@ -18,6 +18,7 @@ from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.evaluate.classifier import ClassifierRunner
 from coldpress.evaluate.divergence import compare, compare_classes
+from coldpress.evaluate.onnx_runner import provider_here
 from coldpress.evaluate.runners import LayerwiseRunner, open_runner
 from coldpress.evaluate.size import files_to_run
 from coldpress.evaluate.texts import SEQUENCE_TOKENS, class_sequences, text_sequences
@@ -111,7 +112,11 @@ def prove(
         )
         first = stack.enter_context(opened(reference)) if kept is None else kept.open(reference, opened)
         ours = stack.enter_context(ExitStack())
-        second = ours.enter_context(opened(candidate))
+        provider = candidate.execution_provider
+        if candidate.kind == "onnx" and provider is not None and not provider_here(provider):
+            said = f"proved with the CPU's kernels; those of {provider}, which is not here, were not run"
+            context.emit(Message("warning", said, context.step))
+        second = ours.enter_context(opened(candidate, stand_in=True))
         limits = [one.context_length for one in (first, second) if one.context_length is not None]
         sequences = text_sequences(
             tokenizer,

@@ -169,10 +169,10 @@ def test_the_newest_version_in_which_every_key_is_valid(
 @pytest.mark.parametrize(
     ("where", "key", "value", "other"),
     [
-        ("data_configs.0.pre_process_data_config", "corpus_strategy", "join", "input_model.type"),
-        ("data_configs.0.pre_process_data_config", "source_max_len", 3, "input_model.type"),
+        ("data_configs.0.pre_process_data_config", "corpus_strategy", "join", "passes.ft.r"),
+        ("data_configs.0.pre_process_data_config", "source_max_len", 3, "passes.ft.r"),
         ("passes.ft", "lora_alpha", 3, "passes.ft.r"),
-        ("systems.box", "accelerators", ["gpu"], "input_model.type"),
+        ("systems.box", "accelerators", ["gpu"], "passes.ft.r"),
     ],
 )
 def test_mixed_dialects_are_refused_with_the_keys_that_clash(
@@ -765,3 +765,68 @@ def test_warmup_steps_win_over_the_ratio(today: Any, load: Load) -> None:
     config = load(today)
     assert params(config, "ft").training_args["warmup_steps"] == 5
     assert config.warnings[0].path.endswith("warmup_ratio")
+
+
+# ---- what real files hold
+
+
+def test_hf_model_beside_the_data_configs_of_0_6(today: Any, load: Load) -> None:
+    """As Olive's main had it in the summer of 2024, and AI Toolkit's templates after it."""
+    pre = today["data_configs"][0]["pre_process_data_config"]
+    for key in ("strategy", "max_seq_len"):
+        pre.pop(key, None)
+    for key in ("r", "alpha"):
+        today["passes"]["ft"].pop(key, None)
+    pre |= {"corpus_strategy": "join", "dataset_type": "corpus", "source_max_len": 96}
+    config = load(today)
+    assert config.dialect == "0.6"
+    block = config.workflow.data_configs[0].pre_process_data_config
+    assert (block.strategy, block.max_seq_len) == ("join", 96)
+
+
+def test_a_clash_names_the_keys_of_today(today: Any, problems_of: Problems) -> None:
+    today["data_configs"][0]["pre_process_data_config"]["corpus_strategy"] = "join"
+    (problem,) = problems_of(today)
+    assert problem.hint == "write all of them in one dialect: corpus_strategy is strategy today"
+
+
+def test_data_configs_as_a_mapping_are_found_by_their_keys(local: Any, load: Load) -> None:
+    (config,) = local["data_configs"]
+    name = config["name"]
+    local["data_configs"] = {name: {**config, "name": "what stands in it"}}
+    assert [one.name for one in load(local).workflow.data_configs] == [name]
+
+
+def test_scripts_that_nothing_needs(today: Any, local: Any, load: Load, problems_of: Problems) -> None:
+    today["data_configs"][0]["user_script"] = "own.py"
+    today["input_model"]["model_script"] = "own.py"
+    warned = {problem.path for problem in load(today).warnings}
+    assert {"data_configs.0.user_script", "input_model.model_script"} <= warned
+    today["data_configs"][0]["load_dataset_config"]["type"] = "my_loader"
+    (problem,) = problems_of(today)
+    assert (problem.path, problem.hint) == (
+        "data_configs.0.load_dataset_config.type",
+        "remove it: data_name, or data_files, says what is loaded",
+    )
+    local["input_model"]["config"] |= {"model_script": "own.py", "model_loader": "make"}
+    assert {problem.path.split(".")[-1] for problem in problems_of(local)} == {"model_script", "model_loader"}
+
+
+@pytest.mark.parametrize("provider", ["CUDA", "Dml", "WebGpu"])
+def test_a_provider_of_gpus_says_the_device(today: Any, load: Load, provider: str) -> None:
+    accelerator = {"execution_providers": [f"{provider}ExecutionProvider"]}
+    today["systems"]["box"]["accelerators"] = [accelerator]
+    assert load(today).workflow.systems["box"].accelerators[0].device == "gpu"
+    today["systems"]["box"]["accelerators"] = [{**accelerator, "device": "cpu"}]
+    assert load(today).workflow.systems["box"].accelerators[0].device == "cpu"
+
+
+def test_a_quantizer_before_a_builder(today: Any, problems_of: Problems) -> None:
+    """The builder quantizes; with as many bits as the pass that has to go."""
+    build = today["passes"].pop("build")
+    today["passes"] |= {"rtn": {"type": "Rtn", "bits": 8}, "mixed": {"type": "SelectiveMixedPrecision"}, "build": build}
+    rtn, mixed = problems_of(today)
+    assert "ModelBuilder with precision int8 quantizes while it builds, and passes.build is one" in str(rtn.hint)
+    assert "int4_algo_config k_quant_mixed" in str(mixed.hint)
+    del today["passes"]["build"]
+    assert problems_of(today)[0].hint == "nearest: ModelBuilder with precision int8"

@@ -49,3 +49,11 @@ def test_a_builder_alone_or_after_it_merges() -> None:
 def test_olives_external_data_options_off_are_dropped(key: str) -> None:
     found = loaded(extract={"type": "ExtractAdapters", key: False})
     assert found.workflow.passes["extract"].config.save_format == "onnx_adapter"
+
+
+def test_how_olive_stores_adapters_is_no_error() -> None:
+    found = loaded(extract={"type": "ExtractAdapters", "pack_inputs": True, "save_as_external_data": True})
+    assert [problem.path for problem in found.warnings] == [
+        "passes.extract.pack_inputs",
+        "passes.extract.save_as_external_data",
+    ]

@@ -124,7 +124,7 @@ def test_misspelt_key_of_an_old_dialect(local: Any, problems_of: Problems, path:
         ("systems.box", None, "must be a mapping, got null"),
         ("systems.box.type", "LocalSytem", "there is no system of type 'LocalSytem'"),
         ("systems.box.accelerators", "gpu", "must be a list, got 'gpu'"),
-        ("systems.box.accelerators.0.device", "npu", "must be one of cpu, gpu, got 'npu'"),
+        ("systems.box.accelerators.0.device", "npu", "models for a device of kind npu are not made"),
         ("systems.box.accelerators.0.memory", "8 potatoes", "must be a size such as 8GB, got '8 potatoes'"),
         ("systems.box.hf_token", "yes", "must be true or false, got 'yes'"),
         ("data_configs", {}, "must be a list, got a mapping"),

@@ -135,9 +135,7 @@ def test_evaluators_we_lack(today: Any, problems_of: Problems, kind: str) -> Non
     today["evaluators"]["tones"]["type"] = kind
     (problem,) = problems_of(today)
     assert problem.path == "evaluators.tones.type"
-    assert problem.hint == (
-        "did you mean OnnxEvaluator?" if kind == "OnnxEvalutor" else "remove it, or use LMEvaluator"
-    )
+    assert problem.hint == ("did you mean OnnxEvaluator?" if kind == "OnnxEvalutor" else "remove the evaluator")
 
 
 def test_the_evaluators_of_a_kind_of_model(today: Any, load: Load) -> None:

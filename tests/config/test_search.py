@@ -645,7 +645,7 @@ KNOWN = "those of r, alpha, training_args.learning_rate are known"
         ("ft", [LORA, 3], "ft.1", "must be a mapping with the key type", None),
         ("ft", [LORA, [LORA]], "ft.1", "must be a mapping with the key type", None),
         ("ft", [LORA, {"r": 3}], "ft.1.type", "the key type is missing", "passes: LoRA"),
-        ("ft", [LORA, {"type": "Gptq"}], "ft.1.type", "Gptq is an Olive pass that Coldpress does not have", "nearest"),
+        ("ft", [LORA, {"type": "Gptq"}], "ft.1.type", "Gptq is an Olive pass that", "remove it: ModelBuilder"),
         ("ft", [LORA, {"type": "LoRo"}], "ft.1.type", "there is no pass of type 'LoRo'", "did you mean LoRA?"),
         ("ft", [LORA, {**QLORA, "rr": 1}], "ft.1.rr", "unknown key", "did you mean r?"),
         ("ft", [LORA, {**QLORA, "r": [4, "y"]}], "ft.1.r.1", "must be a whole number, got 'y'", None),

@@ -5,7 +5,8 @@ read as the newest version in which all of them are valid; where there is none, 
 keys say is rewritten by the rules of the `rules_*` modules; what a dialect took for granted is written out as well.
 
 Nesting (`config`, `params`, `engine`) tells nothing: Olive accepts both forms today. Neither do the names of
-Transformers' training arguments, which depend on the Transformers of the day.
+Transformers' training arguments, which depend on the Transformers of the day, nor `HfModel`, which many files hold
+beside the data configs of 0.6: it came first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from coldpress.config import rules_data, rules_metrics, rules_model, rules_passes, rules_search, rules_workflow
 from coldpress.config.defaults import write_defaults
 from coldpress.config.pass_tree import pass_nodes, steps
-from coldpress.config.rewriting import Rewrite, Rewriting, Rule, Version
+from coldpress.config.rewriting import Rename, Rewrite, Rewriting, Rule, Version
 from coldpress.config.tree import Node, problem_at
 
 __all__ = ["Rewrite", "legacy_names", "translate"]
@@ -46,7 +47,6 @@ _TABLE = _by_level()
 _TRAINING = {name.lower(): name for name in rules_passes.TRAINING_PASSES}
 
 _SINCE: tuple[tuple[str, str, Version], ...] = (
-    ("model", "load_kwargs", (0, 7)),
     ("pre_process", "strategy", (0, 7)),
     ("pre_process", "max_seq_len", (0, 7)),
     ("pass:LoRA", "r", (0, 8)),
@@ -220,9 +220,6 @@ def _detect(rw: Rewriting) -> None:
             first = since.get((level, key))
             if first and found.origin == "file":
                 new.append((first, found))
-        kind = node.get("type")
-        if level == "model" and kind is not None and kind.origin == "file" and str(kind.value).lower() == "hfmodel":
-            new.append(((0, 7), kind))
     newest = min((until for until, _ in old), default=_TODAY)
     rw.dialect = _VERSIONS.get(newest, "today")
     clash = [(version, node) for version, node in new if version > newest]
@@ -242,7 +239,11 @@ def _report_clash(
     )
     rw.mixed = True
     node = min((node for _, node in clash), key=lambda node: node.line or 0)
-    rw.problems.append(problem_at(node, message, hint="write all of them in one dialect", at_key=True))
+    today = {rule.key: rule.action.to for rule in _RULES if rule.until and isinstance(rule.action, Rename)}
+    keys = dict.fromkeys(node.path.split(".")[-1] for until, node in old if until < first)
+    names = ", ".join(f"{key} is {today[key]} today" for key in keys if key in today)
+    hint = "write all of them in one dialect" + (f": {names}" if names else "")
+    rw.problems.append(problem_at(node, message, hint=hint, at_key=True))
 
 
 def _named(nodes: list[Node]) -> str:

@@ -135,6 +135,8 @@ def _component_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         rw.drop(parent, "type", "there is one way to do it", rule=rule.name)
     else:
         hint = "use text_template, text_cols or chat_template"
+        if rule.level == "load_dataset":
+            hint = "remove it: data_name, or data_files, says what is loaded"
         rw.refuse(parent, "type", f"there is no component called {node.value!r}", hint)
 
 
@@ -247,7 +249,8 @@ _OPTIONAL = (
 )  # fmt: skip
 """Keys whose null means: not given, as in Olive."""
 
-_SCRIPT = Refuse("Python given by a config is not run", "use text_template, text_cols or chat_template")
+_FUNCTION = Refuse("Python given by a config is not run", "use text_template, text_cols or chat_template")
+_SCRIPT = Drop("Python given by a config is not run; a component that needs it is an error of its own", warn=True)
 _PAIR = Refuse("data sets of pairs are gone since Olive 0.7", "use text_template, label_col and completion_only_loss")
 _TOKEN = Drop("the token comes from the environment, HF_TOKEN")
 _OWN = "the tokenizer and the task are the model's own"
@@ -275,6 +278,9 @@ RULES: tuple[Rule, ...] = (
     Rule("load_dataset", "token", _TOKEN, None, lambda n: n.value in (None, True, False)),
     Rule("load_dataset", "use_auth_token", _TOKEN, None, lambda n: n.value in (None, True, False)),
     Rule("load_dataset", "user_script", _SCRIPT),
+    Rule("load_dataset", "script_dir", _SCRIPT),
+    Rule("load_dataset", "col_filters", Drop("empty"), None, lambda n: not n.value),
+    Rule("load_dataset", "col_filters", Refuse("rows are not chosen by their values", "keep those rows in the file")),
     Rule("load_dataset", "name", Rename("subset"), dialect="datasets"),
     Rule("load_dataset", "trust_remote_code", Drop("null"), None, _null),
     Rule("pre_process", "type", Custom(_component_type)),
@@ -285,7 +291,7 @@ RULES: tuple[Rule, ...] = (
     Rule("pre_process", "pair_format", _PAIR, V06),
     Rule("pre_process", "ignore_source_in_labels", _PAIR, V06),
     Rule("pre_process", "use_eos_token_as_pad_token", Drop("padding carries no loss, whichever token it is"), V06),
-    Rule("pre_process", "text_formatting_func", _SCRIPT, None, lambda n: n.value is not None),
+    Rule("pre_process", "text_formatting_func", _FUNCTION, None, lambda n: n.value is not None),
     Rule("pre_process", "text_formatting_func", Drop("null"), None, _null),
     Rule("pre_process", "user_script", _SCRIPT, None, lambda n: n.value is not None),
     Rule("pre_process", "user_script", Drop("null"), None, _null),

@@ -44,7 +44,8 @@ def _evaluator_type(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     elif lowered == "lmevaluator":
         node.value = "LMEvaluator"
     elif lowered in _LACKING:
-        rw.refuse(parent, "type", f"{given}: {_LACKING[lowered]}", "remove it, or use LMEvaluator")
+        rw.refuse(parent, "type", f"{given}: {_LACKING[lowered]}", "remove the evaluator")
+        parent.members.pop("tasks", None)
     else:
         close = nearest(given, ("LMEvaluator", *_EVALUATORS))
         rw.refuse(
@@ -207,6 +208,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("evaluator", "tasks", Custom(_tasks), None, lambda n: isinstance(n.value, str)),
     Rule("evaluator", "device", Drop("the target's accelerator says it")),
+    Rule("evaluator", "execution_provider", Drop("the target's accelerator says it")),
+    Rule("evaluator", "provider_options", Drop("empty"), None, lambda n: not n.value),
+    Rule("evaluator", "provider_options", Drop("options of a provider are those of the model", warn=True)),
     Rule("evaluator", "model_args", Drop("null"), None, lambda n: not n.value),
     Rule("evaluator", "model_args", _MODEL_ARGS),
     Rule("evaluator", "sample_log_num", Drop("single answers are not logged", warn=True)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from coldpress.config.rewriting import Custom, Drop, Refuse, Rewriting, Rule, Version
+from coldpress.config.rewriting import Custom, Drop, Refuse, Rename, Rewriting, Rule, Version
 from coldpress.config.tree import Node, from_plain, join_path, problem_at
 from coldpress.registry import nearest
 
@@ -255,7 +255,21 @@ def _task(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         rw.refuse(parent, "task", f"there is no task called {node.value!r}", hint)
 
 
-_SCRIPT = Refuse("Python given by a config is not run", "use HfModel with model_path, a Hugging Face checkpoint")
+_LOADER = Refuse("Python given by a config is not run", "use HfModel with model_path, a Hugging Face checkpoint")
+
+
+def _script(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """A script that gives inputs of the graph, say, is not missed; one that makes the model is."""
+    node = parent.members[rule.key]
+    if node.value is None:
+        rw.drop(parent, rule.key, "null", rule=rule.name)
+    elif parent.get("model_path") is not None and parent.get("model_loader") is None:
+        why = f"{join_path(at, 'model_path')} gives the model, and Python given by a config is not run"
+        rw.drop(parent, rule.key, why, rule=rule.name, warn=True)
+    else:
+        rw.refuse(parent, rule.key, _LOADER.why, _LOADER.hint)
+
+
 _MEMORY = Drop("Coldpress places the weights itself", warn=True)
 _IO = Drop("the ONNX builder knows the inputs and outputs from the architecture", warn=True)
 
@@ -278,9 +292,10 @@ RULES: tuple[Rule, ...] = (
     Rule("model", "is_file", Drop("the path shows it"), V06),
     Rule("model", "is_aml_model", Refuse("a model in Azure ML is a mapping", "use type azureml_model"), V06),
     Rule("model", "task", Custom(_task)),
-    Rule("model", "model_script", _SCRIPT),
-    Rule("model", "script_dir", _SCRIPT),
-    Rule("model", "model_loader", _SCRIPT),
+    Rule("model", "model_script", Custom(_script)),
+    Rule("model", "script_dir", Custom(_script)),
+    Rule("model", "model_loader", Drop("null"), None, lambda node: node.value is None),
+    Rule("model", "model_loader", _LOADER),
     Rule("model", "io_config", _IO),
     Rule("model", "dummy_inputs_func", _IO),
     Rule("model", "generative", Drop("every model read here generates")),
@@ -297,6 +312,8 @@ RULES: tuple[Rule, ...] = (
     Rule("hf_config", "dataset", Refuse("data stands in data_configs", "move it there and name it in the pass"), V06),
     Rule("load_kwargs", "torch_dtype", Custom(_dtype)),
     Rule("load_kwargs", "dtype", Custom(_dtype), dialect="transformers-5"),
+    Rule("load_kwargs", "_attn_implementation", Rename("attn_implementation"), dialect="transformers"),
+    Rule("load_kwargs", "sliding_window", Drop("null"), None, lambda node: node.value is None),
     Rule("load_kwargs", "device_map", _MEMORY),
     Rule("load_kwargs", "max_memory", _MEMORY),
     Rule("load_kwargs", "low_cpu_mem_usage", _MEMORY),

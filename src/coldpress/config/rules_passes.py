@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from coldpress.config.candidates import candidates_of
 from coldpress.config.olive_passes import OLIVE_PASSES, RENAMED_PASSES
-from coldpress.config.pass_tree import is_searched
+from coldpress.config.pass_tree import is_searched, pass_nodes
 from coldpress.config.rewriting import Action, Custom, Drop, Rename, Rewriting, Rule, Version
 from coldpress.config.rules_data import hoist_data_config
 from coldpress.config.rules_workflow import name_evaluator, name_system
@@ -53,11 +53,21 @@ _LACKING: dict[str, frozenset[str]] = {
     "ExtractAdapters": frozenset(
         (
             "save_as_external_data", "all_tensors_to_one_file", "external_data_name", "size_threshold",
-            "convert_attribute",
+            "convert_attribute", "pack_inputs",
         )
     ),
 }  # fmt: skip
 """Parameters of Olive's pass of the same name: one that ours has not is no typing error."""
+_FILES = "large weights lie beside the graph, in one file"
+_NO_MATTER: dict[str, str] = {
+    "save_as_external_data": _FILES,
+    "all_tensors_to_one_file": _FILES,
+    "external_data_name": _FILES,
+    "size_threshold": _FILES,
+    "convert_attribute": _FILES,
+    "pack_inputs": "each product's two matrices are inputs of their own",
+}
+"""Of these, those that change how a model is stored and not what it computes."""
 
 
 def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -95,13 +105,30 @@ def _known_type(rw: Rewriting, entry: Node, at: str) -> bool:
     if lowered in foreign:
         near = OLIVE_PASSES[foreign[lowered]]
         message = f"{foreign[lowered]} is an Olive pass that Coldpress does not have yet"
-        hint = f"nearest: {near}" if near else f"passes we have: {', '.join(rw.passes)}"
+        hint = _instead(rw, entry, foreign[lowered], near)
     else:
         close = nearest(node.value, [*rw.passes, *RENAMED_PASSES, *OLIVE_PASSES])
         message = f"there is no pass of type {node.value!r}"
         hint = f"did you mean {close}?" if close else f"passes we have: {', '.join(rw.passes)}"
     rw.problems.append(problem_at(node, message, hint=hint))
     return False
+
+
+def _instead(rw: Rewriting, entry: Node, name: str, near: str) -> str:
+    """What to do about a pass that is not there: often the file's own builder does it."""
+    bits = entry.get("bits")
+    if near.endswith("int4") and bits is not None and bits.value == 8:
+        near = near.replace("int4", "int8")
+    builders = [node.path for _, node in pass_nodes(rw.root) if (node.text("type") or "").lower() == "modelbuilder"]
+    if near.startswith("ModelBuilder") and builders:
+        if name == "SelectiveMixedPrecision":
+            near = "ModelBuilder with int4_algo_config k_quant_mixed keeps more bits where they matter"
+        elif "precision" in near:
+            near += " quantizes while it builds"
+        return f"remove it: {near}, and {builders[0]} is one"
+    if near:
+        return f"nearest: {near}"
+    return f"remove it, nothing here does the same; passes we have: {', '.join(rw.passes)}"
 
 
 def _only_one(rw: Rewriting, parent: Node, name: str) -> Node:
@@ -185,6 +212,8 @@ def _parameters(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
         elif kind in _LACKING and key in _LACKING[kind] and key not in known:
             if node.value in (None, False):
                 rw.drop(parent, key, "off", rule=f"{kind}.{key}")
+            elif key in _NO_MATTER:
+                rw.drop(parent, key, _NO_MATTER[key], rule=f"{kind}.{key}", warn=True)
             else:
                 rw.refuse(parent, key, f"{key} is a parameter of Olive's {kind} that Coldpress does not have")
         elif key.endswith("data_config"):

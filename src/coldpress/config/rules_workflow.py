@@ -22,6 +22,11 @@ EXECUTION_PROVIDERS = (
 )  # fmt: skip
 
 _GPU_PROVIDER = "CUDAExecutionProvider"
+_OF_GPUS = (
+    "CUDAExecutionProvider", "DmlExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider",
+    "ROCMExecutionProvider", "MIGraphXExecutionProvider", "WebGpuExecutionProvider", "JsExecutionProvider",
+)  # fmt: skip
+"""Providers that name the device where a config does not."""
 _SYSTEMS = {"localsystem": "LocalSystem", "azureml": "AzureML"}
 _OTHER_SYSTEMS = {
     "docker": "Docker", "pythonenvironment": "PythonEnvironment", "isolatedort": "IsolatedORT",
@@ -107,8 +112,8 @@ def _data_mapping(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     node = parent.members["data_configs"]
     elements: list[Node] = []
     for name, item in node.members.items():
-        if item.mapping is not None and "name" not in item.mapping:
-            item.value = {"name": from_plain(name, item.path, item), **item.mapping}
+        if item.mapping is not None:  # Olive finds it by its key, whatever name stands in it
+            item.value = {**item.mapping, "name": from_plain(name, item.path, item)}
         elements.append(item)
     rw.told(rule.name, node, "data_configs, a list")
     node.value = list(elements)
@@ -297,6 +302,8 @@ def _device(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
     node = parent.members["device"]
     if isinstance(node.value, str):
         node.value = node.value.lower()
+    if node.value in ("npu", "vpu", "intel_myriad"):
+        rw.refuse(parent, "device", f"models for a device of kind {node.value} are not made", "cpu or gpu")
 
 
 def _providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -323,13 +330,16 @@ def _providers(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
 
 
 def _provider_defaults(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
-    """A gpu without an execution provider must not silently become a model for the CPU."""
+    """A gpu without an execution provider must not silently become a model for the CPU, nor one's provider a cpu."""
     for name, system in (parent.mapping or {}).items():
         accelerators = system.get("accelerators")
         for index, item in enumerate((accelerators.items if accelerators else None) or []):
+            where = f"systems.{name}.accelerators.{index}"
             if item.text("device") == "gpu":
-                where = f"systems.{name}.accelerators.{index}"
                 rw.default(rule.name, item, "execution_providers", [_GPU_PROVIDER], where)
+            providers = item.get("execution_providers")
+            if any(one.value in _OF_GPUS for one in (providers.items if providers else None) or []):
+                rw.default(rule.name, item, "device", "gpu", where)
 
 
 def _forget(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:

@@ -102,6 +102,10 @@ class Plan:
         return self.evaluators[name]
 
 
+_NEED_NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider")
+"""Execution providers of a system whose device is a GPU that nvidia-smi lists; other GPUs, it knows nothing of."""
+
+
 class _Planner:
     """Gathers refusals while it walks the workflow; `plan` returns what it found."""
 
@@ -139,6 +143,7 @@ class _Planner:
         if hosts and not any(step.hosts for step in steps):
             many = sum(host.slots for host in hosts)
             self.notes.append(f"of {many} accelerators one is used: each step of this workflow is one process")
+        self._only_built_here(accelerator, steps)
         if not steps:
             self.refuse("the workflow has no passes, so there is nothing to do", "passes", "add a pass")
         plan = Plan(
@@ -150,7 +155,7 @@ class _Planner:
             input_key=input_key,
             input_spec=input_spec,
             data_configs=data_configs,
-            evaluators=self._evaluators(input_spec, steps),
+            evaluators=self._evaluators(input_spec, steps, accelerator),
             steps=steps,
             output_dir=self.places.output(self.workflow.output_dir),
             store=self.store,
@@ -186,10 +191,7 @@ class _Planner:
         if name is None:
             return Accelerator()
         system = self.workflow.systems[name]
-        accelerator = system.accelerators[0]
-        if not isinstance(system, AzureMLSystem):
-            self._accelerator_present(accelerator, name)
-        return accelerator
+        return system.accelerators[0]
 
     def _target_hardware(self, accelerator: Accelerator) -> Hardware:
         """This machine, or as much as a config says of another one."""
@@ -201,22 +203,34 @@ class _Planner:
         used = (self.workflow.host, self.workflow.target)
         return not any(isinstance(self.workflow.systems.get(name), AzureMLSystem) for name in used if name)
 
-    def _accelerator_present(self, accelerator: Accelerator, system: str) -> None:
+    def _only_built_here(self, accelerator: Accelerator, steps: tuple[Step, ...]) -> None:
+        """What is made for a device that is not here is built all the same, and proved on the CPU; not measured."""
+        provider, lacking = accelerator.execution_providers[0], self._lacking(accelerator)
+        if lacking is None or not self._is_local():
+            return
+        for step in steps:
+            if step.spec.kind != "onnx" or step.limits is None or step.cached:
+                continue
+            if step.spec.precision == "bf16":
+                self.refuse(
+                    f"the proof of a bf16 graph needs {provider}, since the CPU has no kernels for it: {lacking}",
+                    f"passes.{step.name}",
+                    "build fp16, or without a proof (parity: {enabled: false})",
+                )
+            else:
+                self.notes.append(
+                    f"{step.name} is built for {provider} and proved on the CPU: {self._lacking(accelerator)}"
+                )
+
+    def _lacking(self, accelerator: Accelerator) -> str | None:
+        """Why models for an accelerator cannot run here; None where they can."""
         provider = accelerator.execution_providers[0]
-        path = f"systems.{system}.accelerators"
-        if accelerator.device == "gpu" and not self.hardware.gpus:
-            self.refuse(
-                f"the config asks for a GPU ({provider}) and this machine has none that nvidia-smi lists",
-                path,
-                "nothing falls back to the CPU by itself: set device to cpu and the provider to CPUExecutionProvider",
-            )
-        elif provider not in ("CPUExecutionProvider", *self.hardware.execution_providers):
-            present = ", ".join(self.hardware.execution_providers) or "none: onnxruntime is not installed"
-            self.refuse(
-                f"the execution provider {provider} is not in the installed ONNX Runtime (present: {present})",
-                path,
-                "install the matching onnxruntime package (`coldpress doctor` tells which)",
-            )
+        if accelerator.device == "gpu" and provider in _NEED_NVIDIA and not self.hardware.gpus:
+            return "this machine has no GPU that nvidia-smi lists"
+        if provider not in ("CPUExecutionProvider", *self.hardware.execution_providers):
+            present = ", ".join(self.hardware.execution_providers) or "nothing: it is not installed"
+            return f"the installed ONNX Runtime has {present}"
+        return None
 
     def _model(self) -> ResolvedModel:
         try:
@@ -372,11 +386,24 @@ class _Planner:
             )
         return tuple(steps)
 
-    def _evaluators(self, spec: Spec, steps: tuple[Step, ...]) -> dict[str, Evaluator]:
+    def _evaluators(self, spec: Spec, steps: tuple[Step, ...], accelerator: Accelerator) -> dict[str, Evaluator]:
         ends = [*([spec] if self.workflow.evaluate_input_model else []), *(step.spec for step in steps[-1:])]
         uses = [(self.workflow.evaluator, ends), *((step.evaluator, [step.spec]) for step in steps)]
         found, refused = resolve_evaluators(self.workflow, uses, self.places)
         self.refusals.extend(self._problem(*one) for one in refused)
+        lacking = self._lacking(accelerator) if self._is_local() else None
+        if found and lacking is not None:
+            at = (
+                "evaluator"
+                if self.workflow.evaluator
+                else next(f"passes.{s.name}.evaluator" for s in steps if s.evaluator)
+            )
+            self.refuse(
+                f"what is made for {accelerator.execution_providers[0]} cannot be measured here: {lacking}",
+                at[0],
+                "leave the evaluator out to build only, and measure with `coldpress eval` where the device is; "
+                "no measurement falls back to the CPU by itself",
+            )
         return found
 
     def _key(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Logits = npt.NDArray[np.float32]
 
-__all__ = ["EVALUATION_GRAPH", "OnnxRunner", "onnxruntime_errors", "open_session"]
+__all__ = ["EVALUATION_GRAPH", "OnnxRunner", "onnxruntime_errors", "open_session", "provider_here"]
 
 EVALUATION_GRAPH = "coldpress.evaluation_graph"
 """Metadata of a graph whose logits are of the last position only: the file beside it that yields them all."""
@@ -55,20 +55,40 @@ def open_session(
     """An ONNX Runtime session; raises CheckpointError, and StepError for a provider that is not there."""
     import onnxruntime
 
-    if provider not in onnxruntime.get_available_providers():
-        raise StepError(
-            f"the model is built for {provider}, which the installed ONNX Runtime does not have",
-            hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
-        )
+    _require(provider)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or detect().threads
     options.log_severity_level = 3
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     try:
-        return onnxruntime.InferenceSession(str(graph), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(graph), options, providers=[provider])
     except onnxruntime_errors() as error:
         raise CheckpointError(f"ONNX Runtime cannot load {graph}: {error}") from error
+    if provider not in session.get_providers():  # it goes on with the CPU where the device or a library is missing
+        raise StepError(
+            f"the model is built for {provider}, which the installed ONNX Runtime has but cannot use here",
+            hint="`coldpress doctor` shows the machine; are the device, its driver and the provider's libraries there?",
+        )
+    return session
+
+
+def provider_here(provider: str) -> bool:
+    """Whether models for an execution provider can be expected to run on this machine."""
+    import onnxruntime
+
+    needs_gpu = provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+    return provider in onnxruntime.get_available_providers() and (not needs_gpu or bool(detect().gpus))
+
+
+def _require(provider: str) -> None:
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        raise StepError(
+            f"the model is built for {provider}, which the installed ONNX Runtime does not have",
+            hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
+        )
 
 
 @dataclass
@@ -157,16 +177,10 @@ class OnnxRunner:
         execution_provider: str = "CPUExecutionProvider",
         threads: int | None = None,
     ) -> None:
-        import onnxruntime
-
         genai = _sizes(folder)
         decoder = genai.get("decoder", {})
         self._graph = folder / str(decoder.get("filename", "model.onnx"))
-        if execution_provider not in onnxruntime.get_available_providers():
-            raise StepError(
-                f"the model is built for {execution_provider}, which the installed ONNX Runtime does not have",
-                hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
-            )
+        _require(execution_provider)
         if not self._graph.is_file():
             raise CheckpointError(f"{self._graph} is missing", hint="is the model complete?")
         self._provider, self._threads = execution_provider, threads

@@ -21,7 +21,7 @@ from coldpress.evaluate.abilities import ABILITIES, LogitsRunner, Needs, Runner
 from coldpress.evaluate.classifier import ClassifierRunner, has_layout
 from coldpress.evaluate.encoders import OnnxEncoder, TorchEncoder, config_of, is_encoder
 from coldpress.evaluate.genai_runner import GenAIRunner
-from coldpress.evaluate.onnx_runner import OnnxRunner
+from coldpress.evaluate.onnx_runner import OnnxRunner, provider_here
 from coldpress.evaluate.torch_runner import LayerwiseRunner, TorchRunner
 from coldpress.hardware import detect
 
@@ -60,11 +60,13 @@ def open_runner(
     blocks: Literal["always", "if too large"] = "if too large",
     on_block: Callable[[int, int], None] | None = None,
     dtype: str = "float32",
+    stand_in: bool = False,
 ) -> Iterator[Any]:
     """The runner for a model; raises PlanError where none has what is needed, and CheckpointError.
 
     `blocks` says when a checkpoint runs block by block; `on_block` is then told (blocks done, blocks). A model that has
-    no blocks to run one by one is loaded whole where it fits. `dtype` auto runs a checkpoint in its stored type.
+    no blocks to run one by one is loaded whole where it fits. `dtype` auto runs a checkpoint in its stored type. With
+    `stand_in` ONNX Runtime's CPU kernels stand in for those of a provider that is not here.
     """
     names = runner_names(model)
     if runner is not None and runner not in names:
@@ -73,7 +75,7 @@ def open_runner(
         )
     refused = []
     for name in [runner] if runner is not None else names:
-        opened = _opened(model, name, trust_remote_code, blocks, on_block, dtype, needs)
+        opened = _opened(model, name, trust_remote_code, blocks, on_block, dtype, needs, stand_in)
         lacking = [ability for ability in needs if ability not in opened.abilities]
         if lacking:
             opened.close()
@@ -105,10 +107,13 @@ def _opened(
     on_block: Callable[[int, int], None] | None,
     dtype: str,
     needs: Needs,
+    stand_in: bool,
 ) -> Runner:
     if name == "onnxruntime-genai":
         return GenAIRunner(model.model, adapter=model.adapter)
     provider = model.execution_provider or "CPUExecutionProvider"
+    if stand_in and name == "onnxruntime" and not provider_here(provider):
+        provider = "CPUExecutionProvider"
     config = config_of(model)
     encodes = is_encoder(config)
     if name == "onnxruntime":

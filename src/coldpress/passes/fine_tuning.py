@@ -61,7 +61,10 @@ def refuse_untrainable(config: TrainingConfig, spec: Spec, env: PlanContext) -> 
         raise PlanError("eval_data_config and eval_dataset_size exclude each other", hint="leave one out")
     on_gpu = env.accelerator.device == "gpu"
     if on_gpu and not env.hardware.gpus:
-        raise PlanError("the config asks for a GPU, and there is none", hint='set the accelerator\'s device to "cpu"')
+        raise PlanError(
+            "the config asks for a GPU to train on, and this machine has none that nvidia-smi lists",
+            hint='nothing falls back to the CPU by itself: set the accelerator\'s device to "cpu"',
+        )
     if config.torch_dtype == "float16" and not on_gpu:
         raise PlanError("torch_dtype float16 trains on GPUs only", hint="use bfloat16 or float32 on the CPU")
     held_out = config.eval_data_config is not None or config.eval_dataset_size is not None
