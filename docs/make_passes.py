@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from coldpress.config.candidates import Candidates, candidates_of
+from coldpress.described import descriptions_of
 from coldpress.registry import PASSES
 
 __all__ = ["page"]
@@ -55,10 +56,11 @@ def page() -> str:
             "| parameter | type | default | |",
             "| --- | --- | --- | --- |",
         ]
+        said = descriptions_of(cls.Config)
         for key, field in cls.Config.model_fields.items():
             default = field.get_default(call_default_factory=True)
             shown = "required" if default is PydanticUndefined else f"`{default}`"
-            help_text = " ".join((field.description or "").split()).replace("|", "\\|")
+            help_text = " ".join(said.get(key, "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {_type(field.annotation)} | {shown} | {help_text} |")
         lines += _candidates(candidates_of(cls.Config))
     return "\n".join(lines) + "\n"

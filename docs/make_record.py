@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from coldpress import record
+from coldpress.described import descriptions_of
 
 __all__ = ["page"]
 
@@ -88,9 +89,10 @@ def page() -> str:
         if len(own) < len(part.model_fields):
             lines += ["Besides what the summary in the step has:", ""]
         lines += ["| field | type | |", "| --- | --- | --- |"]
+        said = descriptions_of(part)
         for name in own:
             field = part.model_fields[name]
-            text = " ".join((field.description or "").split())
+            text = " ".join(said.get(name, "").split())
             lines.append(f"| `{name}` | {_type(field.annotation)} | {text} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coldpress.artifacts.base import Spec
+from coldpress.config.schema import ParityLimits
 from coldpress.engine.proof import judge, refuse_if_too_far
 from coldpress.errors import ParityError
 from coldpress.passes.base import Limits
@@ -16,7 +17,7 @@ from coldpress.passes.base import Limits
 
 def step(precision: str, kind: str = "onnx") -> Any:
     spec = Spec(kind=kind, config={"model_type": "llama"}, precision=precision)  # type: ignore[arg-type]
-    return SimpleNamespace(name="build", spec=spec, limits=Limits(0.01, 0.01))
+    return SimpleNamespace(name="build", spec=spec, limits=Limits(0.01, 0.01), parity=ParityLimits())
 
 
 def figures(kl: float = 0.001, before: float = 10.0, after: float = 10.0, error: float = 0.001) -> dict[str, Any]:
@@ -76,3 +77,9 @@ def test_a_rounded_build_is_told_what_is_finer_than_it() -> None:
     assert "raise passes.build.parity.max_kl" in found
     assert "raise passes.build.parity.max_perplexity_increase" in refusal(step("int8"), after=11.0)
     assert "the adapter and this base" in refusal(step("bfloat16", "checkpoint"), kl=1.0)
+
+
+def test_a_merge_that_agrees_on_text_that_neither_expects() -> None:
+    """Next to nothing between the two, and yet the perplexity of a text that both find unlikely has grown."""
+    said = refusal(step("bf16", "checkpoint"), after=11.0, kl=0.0005)
+    assert "name text of the model's own kind in passes.build.parity.data_config" in said

@@ -13,7 +13,7 @@ import click
 
 from coldpress.cli.text import table
 from coldpress.config.load import LoadedConfig
-from coldpress.errors import ColdpressError, UsageError
+from coldpress.errors import ColdpressError, ConfigError, UsageError
 from coldpress.events import RunFailed
 from coldpress.goals import UNMET_EXIT_CODE
 from coldpress.units import duration, plain_value, settings_text, size
@@ -119,8 +119,13 @@ def run_and_show(loaded: LoadedConfig, trust_remote_code: bool, log_format: str)
 @_with_config
 def check(config: str | None, arguments: Sequence[str]) -> None:
     """Find every error in a config, all at once, before anything runs. Exit code 2 when there is one."""
+    from coldpress.engine.unseen import without_the_model
+
     loaded = load(config, arguments)
     say_dialect(loaded)
+    problems = without_the_model(loaded) if loaded.space is None else []
+    if problems:
+        raise ConfigError(problems)
     for problem in loaded.placeholders:
         click.echo(f"{click.style('placeholder', fg='yellow')} {problem}")
     passes = ", ".join(f"{name} ({entry.type})" for name, entry in loaded.workflow.passes.items()) or "none"

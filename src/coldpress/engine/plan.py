@@ -24,6 +24,7 @@ from coldpress.engine.fits import fits
 from coldpress.engine.machines import together, training_hosts
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
+from coldpress.engine.unseen import without_the_model
 from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError, Problem
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
@@ -51,6 +52,8 @@ class Step:
     """None for a finished step and for what cannot be known."""
     notes: tuple[str, ...]
     limits: Limits | None
+    unproved: str | None
+    """Why the result is not compared with its input, where others of its kind are."""
     """Of the comparison with its input; None where there is none."""
     parity: ParityLimits
     evaluator: str | None
@@ -143,6 +146,8 @@ class _Planner:
         if hosts and not any(step.hosts for step in steps):
             many = sum(host.slots for host in hosts)
             self.notes.append(f"of {many} accelerators one is used: each step of this workflow is one process")
+        if input_spec.unknown is not None:  # then no pass was asked
+            self.refusals.extend(without_the_model(self.loaded))
         self._only_built_here(accelerator, steps)
         if not steps:
             self.refuse("the workflow has no passes, so there is nothing to do", "passes", "add a pass")
@@ -342,7 +347,7 @@ class _Planner:
             env = dataclasses.replace(one_process, ranks=ranks, neighbours=crowded)
             unknown = spec.unknown
             estimate: Estimate | None = None
-            limits = None
+            limits = unproved = None
             notes: tuple[str, ...] = ()
             weights: int | None = 0
             before = spec
@@ -358,6 +363,8 @@ class _Planner:
                         estimate, said = together(estimate, mine)
                         notes = (said, *notes)
                     limits = made.limits(entry.config, before)
+                    unproved = _unproved(made, limits, entry.parity or self.workflow.parity)
+                    notes = (*notes, *([] if unproved is None else [f"not proved: {unproved}"]))
                     weights = planned.model_bytes
                     if weights is None:  # what is stored quantized has fewer bytes than it reads as
                         weights = 0 if spec.packings else spec.bytes
@@ -375,6 +382,7 @@ class _Planner:
                     estimate=None if cached else estimate,
                     notes=notes,
                     limits=_limits(limits, parity),
+                    unproved=unproved,
                     parity=parity,
                     evaluator=entry.evaluator,
                     needs_torch=made.needs_torch,
@@ -437,6 +445,15 @@ class _Planner:
                 "coldpress": coldpress.__version__.split("+")[0],
             }
         )
+
+
+def _unproved(made: Any, limits: Limits | None, asked: ParityLimits) -> str | None:
+    """Why nobody compares what a step makes with its input, though it changes it as little as it can."""
+    if limits is not None and not asked.enabled:
+        return "parity is off"
+    if limits is None and getattr(made, "makes", None) == "onnx":
+        return "what it builds does not go from tokens to logits"
+    return None
 
 
 def _limits(default: Limits | None, asked: ParityLimits) -> Limits | None:

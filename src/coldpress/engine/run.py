@@ -149,6 +149,9 @@ class _Session:
         self.emit(RunStarted(workflow.workflow_id, tuple(step.name for step in self.plan.steps)))
         for note in self.plan.notes:
             self.say(note)
+        for step in self.plan.steps:
+            if step.unproved is not None:
+                self.say(f"handed over without a proof: {step.unproved}", step.name, "warning")
         if workflow.clean_cache:
             self.steps.forget()
         self.crew.warm_up(self.plan)

@@ -51,6 +51,7 @@ class AdapterTraining:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
+    takes: ClassVar[str] = "checkpoint"
     peft_type: ClassVar[str] = "LORA"
     starts_apart: ClassVar[bool] = False
     """Whether `begin` gives the adapter a start that changes the base."""

@@ -114,7 +114,11 @@ def _data_config(known: Mapping[str, DataConfig], reference: str | DataConfig) -
 
 
 class Pass(Protocol[C]):
-    """One kind of step. `distributed: ClassVar[bool] = True` says that several processes can do `run` together."""
+    """One kind of step. `distributed: ClassVar[bool] = True` says that several processes can do `run` together.
+
+    `takes` and `makes: ClassVar[str]` name the one kind of model that goes in and that comes out, where they are given:
+    checkpoint or onnx. A static method `check(config)` raises PlanError for parameters that no model can have.
+    """
 
     Config: ClassVar[type[Any]]
     """Its parameters: a frozen pydantic model that forbids unknown keys."""

@@ -58,23 +58,22 @@ class ExtractAdapters:
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx-ir", "numpy")
     preload: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx_ir")
     needs_torch: ClassVar[bool] = False
+    takes: ClassVar[str] = "onnx"
+
+    @staticmethod
+    def check(config: ExtractAdaptersConfig) -> None:
+        """Raise PlanError for what is not built, whatever the model is."""
+        _raise(_not_built(config))
 
     def plan(self, config: ExtractAdaptersConfig, spec: Spec, env: PlanContext) -> Planned:
-        problems = [
-            f"{name}: false is not built; adapters are inputs of any rank, and without one the graph is the base model"
-            for name in ("make_inputs", "dynamic_lora_r", "optional_inputs")
-            if not getattr(config, name)
-        ]
-        if config.adapter_type != "lora":
-            problems.append(f"adapter_type {config.adapter_type} cannot be an input of a graph; merge it instead")
+        problems = _not_built(config)
         if spec.kind != "onnx":
             problems.append("it takes an ONNX model; put ModelBuilder with adapter: inputs before it")
         elif spec.adapter is None:
             problems.append(
                 "the model has no LoRA inputs; say adapter: inputs in ModelBuilder, and give it a model with an adapter"
             )
-        if problems:
-            raise PlanError("ExtractAdapters: " + "\n  ".join(problems))
+        _raise(problems)
         return Planned(spec, Estimate(ram=300 << 20, disk=64 << 20, seconds=2.0))
 
     def limits(self, config: ExtractAdaptersConfig, spec: Spec) -> Limits | None:
@@ -116,3 +115,19 @@ def _link_or_copy(source: Path, place: Path) -> None:
         except OSError:  # another disk, or one without hard links
             pass
     shutil.copy2(source, place)
+
+
+def _not_built(config: ExtractAdaptersConfig) -> list[str]:
+    problems = [
+        f"{name}: false is not built; adapters are inputs of any rank, and without one the graph is the base model"
+        for name in ("make_inputs", "dynamic_lora_r", "optional_inputs")
+        if not getattr(config, name)
+    ]
+    if config.adapter_type != "lora":
+        problems.append(f"adapter_type {config.adapter_type} cannot be an input of a graph; merge it instead")
+    return problems
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise PlanError("ExtractAdapters: " + "\n  ".join(problems))

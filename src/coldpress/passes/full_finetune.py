@@ -65,6 +65,7 @@ class FullFinetune:
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate", "tokenizers")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.nn.warm_training",)
     needs_torch: ClassVar[bool] = True
+    takes: ClassVar[str] = "checkpoint"
     distributed: ClassVar[bool] = True
 
     def plan(self, config: FullFinetuneConfig, spec: Spec, env: PlanContext) -> Planned:

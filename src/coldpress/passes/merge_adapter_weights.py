@@ -69,6 +69,7 @@ class MergeAdapterWeights:
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "ml_dtypes")
     preload: ClassVar[tuple[str, ...]] = ("numpy", "ml_dtypes")
     needs_torch: ClassVar[bool] = False
+    takes: ClassVar[str] = "checkpoint"
 
     def plan(self, config: MergeAdapterWeightsConfig, spec: Spec, env: PlanContext) -> Planned:
         if spec.kind != "checkpoint":

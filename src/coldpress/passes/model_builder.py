@@ -57,6 +57,13 @@ class ModelBuilder:
     libraries: ClassVar[tuple[str, ...]] = ("onnx-ir", "numba", "numpy")
     preload: ClassVar[tuple[str, ...]] = ("coldpress.graph.decoder", "coldpress.kernels.quantize")
     needs_torch: ClassVar[bool] = False
+    takes: ClassVar[str] = "checkpoint"
+    makes: ClassVar[str] = "onnx"
+
+    @staticmethod
+    def check(config: ModelBuilderConfig) -> None:
+        """Raise PlanError for options that are not built, whatever the model is."""
+        check_search(resolve(config)[0].search, None)
 
     def plan(self, config: ModelBuilderConfig, spec: Spec, env: PlanContext) -> Planned:
         """What comes out and what it takes; raises PlanError with every reason against it."""
@@ -78,9 +85,6 @@ class ModelBuilder:
                 "ModelBuilder builds models that write text, and this one gives a text its class",
                 hint="end the workflow with the checkpoint: MergeAdapterWeights writes one that Transformers loads",
             )
-        if spec.unknown is not None:
-            check_search(resolve(config)[0].search, None)  # what can be checked without the model
-            return Planned(built, Estimate(), (f"graph and size are unknown: {spec.unknown}",))
         as_stored = spec.adapter is None or (config.adapter == "inputs" and spec.base_quantization is None)
         packings = spec.packings if as_stored else none_taken(spec.packings)
         choice = choose(config, spec.config, provider, spec.adapter, packings)
