@@ -26,7 +26,7 @@ def ending(record: Path) -> list[str]:
     # Where a search met no goal, what was missed and by which settings is more to the point.
     done = [*_training(run), *_proofs(run)] if run.search is None or run.search.met else []
     below = [*_search(run), *done, *_cost(run), *_warnings(run), *_places(run, record)]
-    figures = [(row.name, _figure(row)) for row in comparisons(run) if row.after is not None]
+    figures = [(row.name, _figure(row)) for row in comparisons(run) if row.after is not None or not run.steps]
     room = LINES - len(below)
     if len(figures) > room:
         left = len(figures) - room + 1
@@ -37,10 +37,11 @@ def ending(record: Path) -> list[str]:
 
 
 def _figure(row: Comparison) -> str:
-    assert row.after is not None
+    only = row.after or row.before
+    assert only is not None
+    if row.after is None or row.before is None:
+        return only.text(row.unit)
     after = row.after.text(row.unit)
-    if row.before is None:
-        return after
     judged = ", ".join(part for part in (row.change, row.judgement) if part)
     return f"{row.before.text(row.unit)} → {after}" + (f"  ({judged})" if judged else "")
 
@@ -84,10 +85,10 @@ def _proofs(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _cost(run: RunRecord) -> Iterator[tuple[str, str]]:
-    peak = max((max(step.peak_bytes, step.parity_peak_bytes) for step in run.steps), default=None)
+    peak = max((max(step.peak_bytes, step.parity_peak_bytes) for step in run.steps), default=0)
     cached = sum(step.cached for step in run.steps)
     done = f"  ({cached} of {len(run.steps)} steps cached)" if cached else ""
-    yield "time, memory", f"{duration(run.seconds)}, at most {size(peak)}{done}"
+    yield "time, memory", f"{duration(run.seconds)}{f', at most {size(peak)}' if peak else ''}{done}"
 
 
 def _warnings(run: RunRecord) -> Iterator[tuple[str, str]]:

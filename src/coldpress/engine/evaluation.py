@@ -74,6 +74,13 @@ class Evaluation:
                 found = self._found(metric, [self._input])
                 self._take(metric, self._input, *found[INPUT])
 
+    def alone(self, model: Artifact, key: str) -> None:
+        """Measure the input of a workflow without passes; its goals decide over the run."""
+        name = self._plan.loaded.workflow.evaluator
+        assert name is not None, "the plan refuses a workflow with nothing to do"
+        for metric in self._evaluator(name).measured:
+            self.measure(metric, INPUT, model, key, decides=True)
+
     def step(self, step: Step, model: Artifact, key: str, *, last: bool) -> None:
         """Measure a result by the step's evaluator, and the last one by the workflow's."""
         for metric, decides in self.metrics_of(step, last=last):
@@ -158,7 +165,8 @@ class Evaluation:
             score = Score.of(model.label, metric.name, one, priority=-1 if sub is None else sub.priority, cached=cached)
             if model.label == INPUT:
                 self.baselines[identity, one.sub_type] = score
-            elif sub is not None and sub.goal is not None:
+            judged = model.label != INPUT or not self._plan.steps
+            if judged and sub is not None and sub.goal is not None:
                 score = dataclasses.replace(score, goal=judge(sub.goal, score, self.baseline(metric, one.sub_type)))
             made.append(score)
             self._record(score)

@@ -72,14 +72,16 @@ class Outcome:
     asked: LoadedConfig | None = field(default=None, repr=False)
     """The config with the search in it; None is the plan's."""
 
-    def write(self, model: Path) -> Path:
-        """Write all of it beside the model that was handed over; the record, which is returned, comes last."""
+    def write(self, model: Path | None) -> Path:
+        """Write all of it beside the model that was handed over, if any; returns the record, which comes last."""
         plan, folder = self.plan, self.plan.output_dir
         with disk_errors(folder):
             steps = tuple(self._step(result) for result in self.steps)
             record = self._record(steps)
-            self._cards(record, model)
-            record = record.model_copy(update={"output": self._output(model)})
+            if model is not None:
+                self._cards(record, model)
+                record = record.model_copy(update={"output": self._output(model)})
+            folder.mkdir(parents=True, exist_ok=True)
             write_report(record, folder)
             write_json(folder / RECORD_FILE, to_json(record))
             (folder / FAILED_FILE).unlink(missing_ok=True)

@@ -149,8 +149,9 @@ class _Planner:
         if input_spec.unknown is not None:  # then no pass was asked
             self.refusals.extend(without_the_model(self.loaded))
         self._only_built_here(accelerator, steps)
-        if not steps:
-            self.refuse("the workflow has no passes, so there is nothing to do", "passes", "add a pass")
+        if not steps and not (self.workflow.evaluator and self.workflow.evaluate_input_model):
+            hint = "add a pass, or name an evaluator that measures the model"
+            self.refuse("the workflow has no passes, so there is nothing to do", "passes", hint)
         plan = Plan(
             loaded=self.loaded,
             places=self.places,

@@ -81,8 +81,8 @@ def _way_out(step: Step, event: ParityMeasured) -> str:
     option = "max_kl" if event.kl > step.limits.kl else "max_perplexity_increase"
     if step.spec.kind != "onnx" and 10 * event.kl <= step.limits.kl and step.parity.data_config is None:
         return (
-            "the two agree on what they expect (KL), so the text is one that neither expects: name text of the model's own "
-            f"kind in passes.{event.step}.parity.data_config, or raise {option} there"
+            "the two agree on what they expect (KL), so the text is one that neither expects: name text of the model's "
+            f"own kind in passes.{event.step}.parity.data_config, or raise {option} there"
         )
     finer = _WAY_OUT.get(step.spec.precision, "do the adapter and this base belong together?")
     return f"{finer}, or raise passes.{event.step}.parity.{option}"

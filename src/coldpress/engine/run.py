@@ -157,17 +157,21 @@ class _Session:
         self.crew.warm_up(self.plan)
         model, key = input_artifact(self.plan), self.plan.input_key
         assert key is not None
-        self.evaluation.input(model, key)
         entry: Entry | None = None
+        if self.plan.steps:
+            self.evaluation.input(model, key)
+        else:
+            self.evaluation.alone(model, key)
         for step in self.plan.steps:
             self.under_way = step.name
             entry = self.steps.do(step, model)
             model, key = entry.artifact(), entry.key
             self.evaluation.step(step, model, key, last=step is self.plan.steps[-1])
         self.under_way = None
-        output = self._publish(entry)
+        output = None if entry is None else self._publish(entry)
         outcome = self._outcome()
         record = outcome.write(output)
+        output = output or model.path
         self.emit(RunFinished(str(output), outcome.seconds, str(record)))
         return RunResult(
             output, record, tuple(self.steps.results), tuple(self.evaluation.scores), outcome.seconds,
@@ -187,8 +191,7 @@ class _Session:
         with contextlib.suppress(StoreError):
             self.say(f"what was done, and why it ended: {self._outcome().write_failure(error, self.under_way)}")
 
-    def _publish(self, entry: Entry | None) -> Path:
-        assert entry is not None, "the plan refuses a workflow without passes"
+    def _publish(self, entry: Entry) -> Path:
         output_dir = self.plan.output_dir
         target = output_dir / "model"
         if _already_published(output_dir, entry):
