@@ -148,7 +148,7 @@ def verdict(record: RunRecord) -> str:
     if record.error is not None:
         where = f" in step {record.error.step}" if record.error.step else ""
         return f"Failed{where}: {record.error.message.splitlines()[0]}"
-    said = [_compared(row) for row in comparisons(record)]
+    said = [_compared(row) if record.steps else _measured(row) for row in comparisons(record)]
     proofs = [step for step in record.steps if step.parity is not None]
     if proofs:
         said.append(_proved(proofs))
@@ -162,6 +162,11 @@ def _compared(row: Comparison) -> str:
     if row.before is None:
         return f"{row.name} {after}"
     return f"{row.name} {quantity(row.before.value, row.unit)} → {after}"
+
+
+def _measured(row: Comparison) -> str:
+    """Of the one model that there is."""
+    return "" if row.before is None else f"{row.name} {quantity(row.before.value, row.unit)}"
 
 
 def _proved(steps: Sequence[StepRecord]) -> str:

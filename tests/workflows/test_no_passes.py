@@ -10,6 +10,8 @@ import pytest
 
 import coldpress
 from coldpress.errors import ConfigError
+from coldpress.record import read_run
+from coldpress.summary import verdict
 
 
 @pytest.fixture
@@ -31,6 +33,7 @@ def test_the_model_is_measured_and_judged(document: dict[str, Any], tmp_path: Pa
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["status"] == "done"
     assert record["output"] is None
+    assert verdict(read_run(tmp_path / "out")[0]).startswith("size: bytes 14.")
     assert record["scores"][0]["goal"]["met"] is False
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "run.json"]
 
