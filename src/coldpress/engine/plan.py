@@ -25,7 +25,7 @@ from coldpress.engine.machines import together, training_hosts
 from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_unknown
 from coldpress.engine.store import Store
 from coldpress.engine.unseen import without_the_model
-from coldpress.errors import CheckpointError, ConfigError, DataError, PlanError, Problem
+from coldpress.errors import CheckpointError, ConfigError, DataError, MissingExtraError, PlanError, Problem
 from coldpress.hardware import Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
@@ -355,7 +355,7 @@ class _Planner:
             if unknown is None:
                 try:
                     planned = made.plan(entry.config, spec, env)
-                except (PlanError, CheckpointError) as error:
+                except (PlanError, CheckpointError, MissingExtraError) as error:
                     self.refuse(error.message, f"passes.{name}", error.hint)
                     spec = spec_of_unknown(f"step {name} was refused")
                 else:

@@ -83,7 +83,8 @@ class ModelBuilder:
         if spec.task == CLASSIFICATION:
             raise PlanError(
                 "ModelBuilder builds models that write text, and this one gives a text its class",
-                hint="end the workflow with the checkpoint: MergeAdapterWeights writes one that Transformers loads",
+                hint="take text-classification out of input_model.task if the model writes text; a classifier stays a "
+                "checkpoint: end the workflow with what the training made, or with MergeAdapterWeights",
             )
         as_stored = spec.adapter is None or (config.adapter == "inputs" and spec.base_quantization is None)
         packings = spec.packings if as_stored else none_taken(spec.packings)
