@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from coldpress.api import load_config
+from coldpress.artifacts.base import Artifact
 from coldpress.cli.data import data
 from coldpress.cli.verbs import finetune
+from coldpress.engine.plan import make_plan
 from coldpress.errors import ColdpressError
 from fakes.tiny_models import make_checkpoint
+from oracles.adapters import make_adapter
 
 CHAT = [
     {"from": "human", "value": "hi"},
@@ -165,3 +169,41 @@ def test_each_method_is_a_pass_with_the_parameters_that_it_has(
     shown_own = {key: passes[method][key] for key in ("r", "alpha", "lora_dropout") if key in passes[method]}
     assert shown_own == own
     assert passes[method]["training_args"]["learning_rate"] == (2e-5 if method == "full" else 2e-4)
+
+
+def trained_on(tmp_path: Path, *options: str, **adapter: Any) -> dict[str, Any]:
+    """What `finetune` writes for a fine-tuning's output folder, and what its plan says of it."""
+    base = make_checkpoint(tmp_path / "base", family="llama", dtype="float32")
+    out = tmp_path / "out" / "model"
+    make_adapter(base, out / "adapter", ["q_proj", "v_proj"], r=4, **adapter)
+    Artifact(out, "checkpoint", base, adapter=out / "adapter").save()
+    rows = tmp_path / "x.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}", "completion": f" {n}"}) + "\n" for n in range(20)))
+    path = tmp_path / "workflow.json"
+    shown(
+        finetune, tmp_path / "out", "--data", rows, *options, "--cache-dir", tmp_path / "cache", "--save-config", path
+    )
+    made = make_plan(load_config(path))
+    steps: dict[str, Any] = json.loads(path.read_text())["passes"]
+    return {"steps": steps, "refused": " ".join(str(one) for one in made.refusals), "notes": made.steps[0].notes}
+
+
+def test_an_adapter_is_trained_further_as_it_is(tmp_path: Path) -> None:
+    made = trained_on(tmp_path)
+    assert not made["refused"]
+    assert "goes on with the LoRA adapter that the model has, of rank 4" in made["notes"]
+    assert made["steps"]["lora"].keys() == {"type", "train_data_config", "training_args", "eval_dataset_size"}
+
+
+def test_an_adapter_is_trained_further_by_its_own_method(tmp_path: Path) -> None:
+    made = trained_on(tmp_path, use_dora=True)
+    assert not made["refused"]
+    assert list(made["steps"]) == ["dora", "merge"]
+
+
+def test_what_is_typed_is_held_against_the_adapter(tmp_path: Path) -> None:
+    made = trained_on(tmp_path, "--rank", "64", "--dropout", "0.2")
+    assert made["steps"]["lora"]["r"] == 64
+    assert made["steps"]["lora"]["lora_dropout"] == 0.2
+    assert "alpha" not in made["steps"]["lora"]
+    assert "r is 64, the adapter's is 4" in made["refused"]

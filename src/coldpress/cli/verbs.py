@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from coldpress.cli.data_options import data_config, text_options, text_settings
 from coldpress.cli.documents import run_options, save_or_run, skeleton
-from coldpress.errors import UsageError
+from coldpress.errors import ColdpressError, UsageError
 from coldpress.registry import PASSES
 
 __all__ = ["build", "finetune"]
@@ -61,48 +64,36 @@ def finetune(model: str, data: str, **options: Any) -> int:
 
     Chat messages, ShareGPT and Alpaca records, prompts with completions are recognised by their columns; anything else
     takes --template or --text-field. `coldpress data --model MODEL --data FILE` shows what will be trained on.
+
+    An adapter that MODEL has (the output folder of a fine-tuning) is trained further: what is not given follows it.
     """
-    document = _finetune_workflow(model, data, options)
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in options if source(name) is not ParameterSource.DEFAULT}
+    document = _finetune_workflow(model, data, options, given)
     return save_or_run(document, options["save_config"], options["trust_remote_code"], options["log_format"])
 
 
-def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, Any]:
+def _finetune_workflow(model: str, data: str, o: dict[str, Any], given: set[str]) -> dict[str, Any]:
     provider = "CPUExecutionProvider" if o["device"] == "cpu" else "CUDAExecutionProvider"
     document = skeleton(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], o["device"], provider)
     text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
     document["data_configs"] = [data_config("train_data", data, o["split"], text)]
     held_out = _share_or_count(o["eval_size"])
-    full = o["method"] == "full"
-    training: dict[str, Any] = {
-        "num_train_epochs": o["epochs"],
-        "per_device_train_batch_size": o["batch_size"],
-        "gradient_accumulation_steps": o["gradient_accumulation"],
-        "learning_rate": (2e-5 if full else 2e-4) if o["learning_rate"] is None else o["learning_rate"],
-        "seed": o["seed"],
-    }
-    if o["max_steps"] is not None:
-        training["max_steps"] = o["max_steps"]
-    targets = o["target_modules"]
-    adapter = {
-        "r": o["rank"],
-        "alpha": o["rank"] if o["alpha"] is None else o["alpha"],
-        "lora_dropout": o["dropout"],
-        "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-    }
-    kind = _METHODS[o["method"]]
-    known = PASSES[kind].Config.model_fields
+    begun = _method_of(model)
+    method = o["method"] if begun is None or "method" in given else begun
+    full = method == "full"
     step: dict[str, Any] = {
-        "type": kind,
-        **{name: value for name, value in adapter.items() if name in known},
+        "type": _METHODS[method],
+        **_adapter_settings(o, None if begun is None else given, PASSES[_METHODS[method]].Config.model_fields),
         "train_data_config": "train_data",
-        "training_args": training,
+        "training_args": _training_arguments(o, full=full),
     }
     if o["eval_data"] is not None:
         document["data_configs"].append(data_config("eval_data", o["eval_data"], None, text))
         step["eval_data_config"] = "eval_data"
     elif held_out:
         step["eval_dataset_size"] = held_out
-    passes: dict[str, Any] = {o["method"]: step}
+    passes: dict[str, Any] = {method: step}
     if not full and (not o["no_merge"] or o["precision"]):
         passes["merge"] = {"type": "MergeAdapterWeights"}
     if o["precision"]:
@@ -110,8 +101,54 @@ def _finetune_workflow(model: str, data: str, o: dict[str, Any]) -> dict[str, An
     document["passes"] = passes
     if o["eval_data"] is not None and o["label_col"]:
         _measure_accuracy(document, "eval_data")
-        passes[o["method"]]["evaluator"] = "accuracy"
+        step["evaluator"] = "accuracy"
     return document
+
+
+def _method_of(model: str) -> str | None:
+    """The method that trains the adapter of a model further; None where it has none. What is no model the plan says."""
+    from coldpress.artifacts.base import Artifact
+
+    try:
+        artifact = Artifact.load(Path(model).expanduser())
+        adapter = artifact.describe().adapter
+    except ColdpressError:
+        return None
+    if adapter is None:
+        return None
+    if artifact.base_quantization is not None:
+        return "qlora"
+    return next((method for method, kind in _METHODS.items() if kind == adapter.kind), "lora")
+
+
+def _adapter_settings(o: Mapping[str, Any], only: Container[str] | None, known: Container[str]) -> dict[str, Any]:
+    """Parameters of a new adapter that its pass has; `only` of the options named there, to go on with another one."""
+    targets = o["target_modules"]
+    values = {
+        "r": ("rank", o["rank"]),
+        "alpha": ("alpha", o["rank"] if o["alpha"] is None else o["alpha"]),
+        "lora_dropout": ("dropout", o["dropout"]),
+        "target_modules": (
+            "target_modules",
+            targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        ),
+    }
+    return {
+        name: value for name, (option, value) in values.items() if name in known and (only is None or option in only)
+    }
+
+
+def _training_arguments(o: Mapping[str, Any], *, full: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "num_train_epochs": o["epochs"],
+        "per_device_train_batch_size": o["batch_size"],
+        "gradient_accumulation_steps": o["gradient_accumulation"],
+        "learning_rate": (2e-5 if full else 2e-4) if o["learning_rate"] is None else o["learning_rate"],
+        "seed": o["seed"],
+    }
+    if o["max_steps"] is not None:
+        arguments["max_steps"] = o["max_steps"]
+    return arguments
 
 
 def _measure_accuracy(document: dict[str, Any], data: str) -> None:
