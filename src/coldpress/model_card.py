@@ -74,19 +74,23 @@ def training_card(training: TrainingRecord, task: str | None, *, adapter: bool) 
         f"{'An adapter for ' if adapter else ''}{_named(base)}, trained with {made_with}.",
         "",
         *_training_section("Training", training, base),
-        *_use_torch(task, base.name if adapter else None),
+        *_use_torch(training, task, base.name if adapter else None, chat=False),
         *_versions(training.libraries),
     ]
     return head + "\n".join(lines) + "\n"
 
 
-def run_card(record: RunRecord, task: str | None, *, adapter: bool) -> str:
-    """The card of the model that a run handed over; `adapter` says whether it is a base with one beside it."""
+def run_card(record: RunRecord, task: str | None, *, adapter: bool, chat: bool = False) -> str:
+    """The card of the model that a run handed over; `adapter` says whether it is a base with one beside it.
+
+    `chat` says whether its tokenizer has a chat template.
+    """
     base, last = record.input_model, record.steps[-1]
     assert base is not None
     assert last.model is not None
     onnx = last.model.kind == "onnx"
     trained = [step for step in record.steps if step.training is not None]
+    last_training = trained[-1].training if trained else None
     head = _head(
         base,
         "adapter" if adapter and not onnx else "finetune" if trained and not onnx else "quantized" if onnx else None,
@@ -99,7 +103,9 @@ def run_card(record: RunRecord, task: str | None, *, adapter: bool) -> str:
         _results(record),
         _steps(record),
         *[_training_section(f"Training: {cell(step.name)}", step.training) for step in trained if step.training],
-        _use_onnx(adapter=adapter) if onnx else _use_torch(task, base.name if adapter else None),
+        _use_onnx(last_training, adapter=adapter, chat=chat)
+        if onnx
+        else _use_torch(last_training, task, base.name if adapter else None, chat=chat),
         _machine(record),
         _versions({"coldpress": record.coldpress, **record.libraries}),
     ]  # fmt: skip
@@ -249,50 +255,109 @@ def _versions(libraries: Mapping[str, str | None]) -> list[str]:
 
 # -- how to load it ---------------------------------------------------------------------------------------------------
 
-_PROMPT = 'prompt = "Once upon a time"'
 _FOLDER = 'folder = "."  # this folder'
+_TEXT = 'prompt = "Once upon a time"'
+_MESSAGES = 'messages = [{"role": "user", "content": "..."}]'
 
 
-def _use(code: Sequence[str], *, said: str = "", command: bool = True) -> list[str]:
-    lines = ["## Use", "", *([said, ""] if said else []), *(_code("python", "\n".join(code)) if code else [])]
-    if command:
-        lines += ['From the command line: `coldpress generate FOLDER --prompt "Once upon a time"`.', ""]
-    return lines
+def _asked(training: TrainingSummary | None, task: str | None, *, chat: bool) -> tuple[list[str], bool | str]:
+    """Python that sets what a model is asked (`prompt`, or `messages`), and the chat template: true is its own.
+
+    `chat` says whether the tokenizer has one, which counts for a model that was not trained here.
+    """
+    template = chat if training is None else training.chat_template
+    if template and task != CLASSIFICATION:
+        return [_MESSAGES], template
+    prompt = "" if training is None else training.prompt
+    return _filled_in(prompt) if prompt.strip() else [_TEXT], False
 
 
-def _use_torch(task: str | None, base: str | None) -> list[str]:
+def _filled_in(prompt: str) -> list[str]:
+    """Python that sets `prompt` by a template; what the data's owner wrote stands in string literals alone.
+
+    Without spaces at its end, which most tokenizers put into the word that follows.
+    """
+    terms, columns, text = [], [], ""
+    for piece in re.split(r"(\{\{|\}\}|\{[^{}]*\})", prompt.rstrip(" ")):
+        if piece in ("{{", "}}"):
+            text += piece[0]
+        elif piece.startswith("{"):
+            terms += [*([repr(text)] if text else []), f"record[{piece[1:-1]!r}]"]
+            columns.append(piece[1:-1])
+            text = ""
+        else:
+            text += piece
+    terms += [repr(text)] if text else []
+    record = ", ".join(f"{name!r}: '...'" for name in dict.fromkeys(columns))
+    return [*([f"record = {{{record}}}"] if columns else []), f"prompt = {' + '.join(terms)}"]
+
+
+def _form(training: TrainingSummary | None) -> list[str]:
+    """In which form a model expects its texts, where a training says it."""
+    if training is not None and training.chat_template:
+        return ["Trained on conversations: a chat template puts messages into a prompt.", ""]
+    if training is None or not training.prompt.strip():
+        return []
+    said = "Trained on texts of this form; the answer comes after it, and names in braces are filled in:"
+    return [said, "", *_code("text", training.prompt)]
+
+
+def _use(training: TrainingSummary | None, code: Sequence[str], command: str | None, said: str = "") -> list[str]:
+    lines = ["## Use", "", *([said, ""] if said else []), *_form(training)]
+    lines += _code("python", "\n".join(code)) if code else []
+    return [*lines, *([f"From the command line: `coldpress {command}`.", ""] if command else [])]
+
+
+def _command(asked: Sequence[str], template: bool | str) -> str | None:
+    if template:
+        return "chat FOLDER" if template is True else None
+    return "generate FOLDER --prompt " + ('"Once upon a time"' if asked == [_TEXT] else "PROMPT")
+
+
+def _use_torch(training: TrainingSummary | None, task: str | None, base: str | None, *, chat: bool) -> list[str]:
     """Of a checkpoint, or of an adapter on `base`."""
+    asked, template = _asked(training, task, chat=chat)
     kind = "AutoModelForSequenceClassification" if task == CLASSIFICATION else "AutoModelForCausalLM"
     model = f"{kind}.from_pretrained({'folder' if base is None else 'base'})"
-    code = [f"from transformers import {kind}, AutoTokenizer", "", _FOLDER, _PROMPT]
+    code = [f"from transformers import {kind}, AutoTokenizer", "", _FOLDER, *asked]
     if base is not None:
         where = json.dumps(base or "...", ensure_ascii=False) + (
             "" if "/" in base else "  # the folder of the base model"
         )
         code = ["from peft import PeftModel", code[0], "", f"base = {where}", *code[2:]]
         model = f"PeftModel.from_pretrained({model}, folder)"
-    code += [
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = {model}",
-        'tokens = tokenizer(prompt, return_tensors="pt")',
-    ]
+    code += ["tokenizer = AutoTokenizer.from_pretrained(folder)", f"model = {model}"]
+    if template:
+        code += [
+            "tokens = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt",',
+            *([f"    chat_template={template!r},"] if isinstance(template, str) else []),
+            ")",
+        ]
+    else:
+        code += ['tokens = tokenizer(prompt, return_tensors="pt")']
     if task == CLASSIFICATION:
         code += ["found = int(model(**tokens).logits.argmax(-1))", "print(model.config.id2label[found])"]
-    else:
-        code += [
-            "found = model.generate(**tokens, max_new_tokens=32)",
-            "print(tokenizer.decode(found[0], skip_special_tokens=True))",
-        ]
-    return _use(code, command=task != CLASSIFICATION)
+        return _use(training, code, None)
+    code += [
+        "found = model.generate(**tokens, max_new_tokens=32)",
+        "print(tokenizer.decode(found[0], skip_special_tokens=True))",
+    ]
+    return _use(training, code, _command(asked, template))
 
 
-def _use_onnx(*, adapter: bool) -> list[str]:
+def _use_onnx(training: TrainingSummary | None, *, adapter: bool, chat: bool) -> list[str]:
+    asked, template = _asked(training, None, chat=chat)
+    command = _command(asked, template)
     if adapter:
-        return _use((), said="The graph takes its adapter as inputs.")
-    return _use(["import onnxruntime_genai as og", "", _FOLDER, _PROMPT,
-                 "model = og.Model(folder)", "tokenizer = og.Tokenizer(model)",
+        return _use(training, (), command, "The graph takes its adapter as inputs.")
+    own = f", template_str={template!r}" if isinstance(template, str) else ""
+    render = [f"prompt = tokenizer.apply_chat_template(json.dumps(messages){own}, add_generation_prompt=True)"]
+    return _use(training, [*(["import json", ""] if template else []), "import onnxruntime_genai as og", "",
+                 _FOLDER, *asked,
+                 "model = og.Model(folder)", "tokenizer = og.Tokenizer(model)", *(render if template else []),
                  "parameters = og.GeneratorParams(model)", "tokens = tokenizer.encode(prompt)",
                  "parameters.set_search_options(max_length=len(tokens) + 32)",
                  "generator = og.Generator(model, parameters)", "generator.append_tokens(tokens)",
                  "while not generator.is_done():", "    generator.generate_next_token()",
-                 "print(tokenizer.decode(generator.get_sequence(0)))"])  # fmt: skip
+                 "print(tokenizer.decode(generator.get_sequence(0)))"], command)  # fmt: skip

@@ -169,6 +169,11 @@ class TrainingSummary(_Part):
     """Trained on."""
     held_out: DataRecord | None = None
     """Left out of training, for the evaluation loss."""
+    prompt: str = ""
+    """What stood before an answer in the texts, with columns in braces and braces doubled; of a classifier, all of the
+    text. Empty for conversations, and where a text is one column."""
+    chat_template: bool | str = False
+    """Of conversations: true for the tokenizer's own chat template, else the template itself."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """Parameters of the pass, those of the data and of the trainer left out."""
     arguments: Mapping[str, Any] = Field(default_factory=dict)

@@ -275,6 +275,8 @@ def test_conversations_without_an_answer(tmp_path: Path, tokenizer: Tokenizer) -
     assert prepared.train.sequences[0] == prepared.train.sequences[1]
     whole = prepare(chat_config(tmp_path / "d.jsonl", rows, completion_only_loss=False), tokenizer)
     assert whole.train.records == 3
+    assert whole.chat_template is True
+    assert whole.prompt == ""
 
 
 def test_labels_all_masked(tmp_path: Path, tokenizer: Tokenizer) -> None:

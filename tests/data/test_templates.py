@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldpress.config.schema import PreProcess
+from coldpress.data.formats import Reading, read_as
 from coldpress.data.sources import Records
-from coldpress.data.templates import Rendered, columns_of, encode, marked_columns, render, render_all
+from coldpress.data.templates import Rendered, columns_of, encode, marked_columns, prompt_of, render, render_all
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 
@@ -154,3 +155,27 @@ def test_places_in_characters_are_places_in_tokens(shared: Any, model: str) -> N
         assert one.spans[0][1] in (after, after + 1), "and the token that ends the text, if it comes next"
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ({"text_template": "{phrase} {{x}} {tone}: {tone}!", "label_col": "tone"}, "{phrase} {{x}} {tone}: "),
+        ({"text_template": "Q: {the text}\nA: {tone|loss}!"}, "Q: {the text}\nA: "),
+        ({"text_template": "{phrase} is {tone}"}, "{phrase} is "),
+        ({"text_cols": ("phrase", "tone")}, "{phrase} "),
+        ({"text_field": "phrase"}, ""),
+    ],
+)
+def test_the_template_before_an_answer(given: dict[str, Any], prompt: str) -> None:
+    assert prompt_of(settings(**given), Reading("text")) == prompt
+
+
+def test_the_template_before_an_answer_of_other_forms() -> None:
+    plain = settings(text_template="{phrase}: {tone}!")
+    assert prompt_of(plain, Reading("text"), classes=True) == "{phrase}: {tone}!"
+    row = {"question": "a", "answer": "b"}
+    for chat, prompt in ((False, "Question: {question}\nAnswer: "), (True, "")):
+        reading = read_as(tuple(row), [row], settings(), has_template=chat)
+        assert reading is not None
+        assert prompt_of(settings(), reading) == prompt

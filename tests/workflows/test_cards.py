@@ -88,7 +88,7 @@ def test_the_card_of_an_adapter_that_is_handed_over_has_the_scores_too(tiny_adap
 
 def test_the_code_of_an_adapters_card_runs(tiny_run: Path, tiny_adapter: Path) -> None:
     base = tiny_run.parent / "a-tiny-model"
-    assert "Once upon a time" in run_code((tiny_adapter / "README.md").read_text(), tiny_adapter / "adapter", base)
+    assert "... ->" in run_code((tiny_adapter / "README.md").read_text(), tiny_adapter / "adapter", base)
 
 
 def test_the_card_of_an_onnx_model_and_its_code(tiny_run: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_card_of_an_onnx_model_and_its_code(tiny_run: Path) -> None:
     assert parity is not None
     assert f"KL {parity.kl:.2e}" in card
     assert parity.limit in card
-    assert "Once upon a time" in run_code(card, tiny_run / "model", tiny_run)
+    assert "... ->" in run_code(card, tiny_run / "model", tiny_run)
 
 
 def test_the_card_of_a_merged_checkpoint_and_its_code(tiny_run: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_card_of_a_merged_checkpoint_and_its_code(tiny_run: Path, tmp_path: 
     assert head(card)["library_name"] == "transformers"
     folder = tmp_path / "merged"
     shutil.copytree(record.steps[1].path, folder)
-    assert "Once upon a time" in run_code(card, folder, tiny_run)
+    assert "... ->" in run_code(card, folder, tiny_run)
 
 
 def training(**more: Any) -> TrainingRecord:
@@ -138,6 +138,46 @@ def test_a_base_from_a_hub_is_named_with_its_licence() -> None:
         "tags": ["lora", "coldpress"],
     }
     assert 'base = "org/base"\n' in card
+
+
+PROMPT = "{{Text}} `{a b}` <b>é\u2028\n```\n# {__import__('os').abort()} {a b} -> "
+
+
+def test_a_template_is_shown_and_filled_in_by_its_letters() -> None:
+    for card in (
+        training_card(training(prompt=PROMPT), "text-generation", adapter=True),
+        training_card(training(prompt=PROMPT), "text-classification", adapter=True),
+    ):
+        assert "````text\n{{Text}} `{a b}` <b>é" in card
+        (lines,) = re.findall(r"^record = .*\nprompt = .*$", card, re.MULTILINE)
+        found: dict[str, Any] = {}
+        exec(lines, found)
+        assert found["prompt"] == "{Text} `...` <b>é\u2028\n```\n# ... ... ->"
+        assert "Once upon a time" not in card
+
+
+def test_conversations_are_asked_by_the_chat_template() -> None:
+    card = training_card(training(chat_template=True), "text-generation", adapter=True)
+    assert "`coldpress chat FOLDER`" in card
+    assert 'messages = [{"role": "user", "content": "..."}]' in card
+    own = training_card(training(chat_template="{{ messages[0]['content'] }}\n"), "text-generation", adapter=True)
+    assert """chat_template="{{ messages[0]['content'] }}\\n",""" in own
+    assert "coldpress chat" not in own
+    assert "Once upon a time" not in card + own
+
+
+def test_the_code_for_conversations_runs(tiny_run: Path, tmp_path: Path) -> None:
+    """The tiny model has a chat template, which a run that trains nothing goes by."""
+    record, _ = read_run(tiny_run)
+    onnx = record.model_copy(update={"steps": record.steps[2:]})
+    assert "user: ...assistant: " in run_code(
+        run_card(onnx, None, adapter=False, chat=True), tiny_run / "model", tiny_run
+    )
+    merged = record.model_copy(update={"steps": record.steps[1:2]})
+    folder = tmp_path / "merged"
+    shutil.copytree(record.steps[1].path, folder)
+    said = run_code(run_card(merged, "text-generation", adapter=False, chat=True), folder, tiny_run)
+    assert said.startswith("user: ...")
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -24,6 +24,7 @@ from coldpress.data.templates import (
     columns_of,
     encode,
     last_stop,
+    prompt_of,
     read_format,
     render_all,
 )
@@ -49,6 +50,10 @@ class Prepared:
     """Worth a line: how the records were read, and how full the packs are."""
     classes: tuple[str, ...] | None = None
     """Names of the classes by their index, in sequence classification."""
+    prompt: str = ""
+    """The template of what stands before an answer (`templates.prompt_of`)."""
+    chat_template: bool | str = False
+    """By which template conversations were rendered; true is the tokenizer's own."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,9 @@ def prepare_rows(
             raise DataError("no token of the training data carries loss", hint="look at it with `coldpress data`")
     if len(numbers) < FEW:
         said.append(f"{len(numbers)} rows to train on: expect a model that knows them by heart and little else")
-    return Prepared(packed, evaluation, length, tuple(said), tuple(facts), texts.classes), texts, rows
+    prompt = prompt_of(pre, texts.reading, classes=classes)
+    chat = texts.reading.chat and (pre.chat_template or True)
+    return Prepared(packed, evaluation, length, tuple(said), tuple(facts), texts.classes, prompt, chat), texts, rows
 
 
 def _evaluation(

@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "last_stop",
     "marked_columns",
+    "prompt_of",
     "read_format",
     "render",
     "render_all",
@@ -96,6 +97,29 @@ def marked_columns(config: PreProcess) -> tuple[str, ...]:
     if config.text_template is None:
         return ()
     return tuple(name for _, name, marked in _parse(config.text_template) if marked and name is not None)
+
+
+def prompt_of(config: PreProcess, reading: Reading, *, classes: bool = False) -> str:
+    """The template of what stands before an answer, of a classifier's text all of it; empty for conversations.
+
+    Without an answer that is named, the last column counts as one. Columns are in braces, braces doubled.
+    """
+    if reading.chat:
+        return ""
+    pair = reading.pair
+    parts = _text_parts(config) if pair is None else _parse(_template_of(pair, pair.context is not None))
+    end = ""
+    if not classes:
+        column = _answer_column(parts, config.label_col if pair is None else pair.completion)
+        last = max(position for position, (_, name, _) in enumerate(parts) if name == column)
+        parts, end = parts[:last], _with_braces_doubled(parts[last][0])
+    return (
+        "".join(_with_braces_doubled(text) + ("" if name is None else f"{{{name}}}") for text, name, _ in parts) + end
+    )
+
+
+def _with_braces_doubled(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def read_format(records: Records, config: PreProcess, tokenizer: Tokenizer | None) -> Reading:
@@ -199,18 +223,25 @@ def render(
 
 
 def _render_text(row: Row, config: PreProcess, answer: str | None) -> Rendered:
-    parts: tuple[Part, ...]
-    if config.text_template is not None:
-        parts = _parse(config.text_template)
-    elif config.text_field is not None:
-        parts = (("", config.text_field, False),)
-    else:
-        columns = config.text_cols or ("text",)
-        parts = tuple((" " if position else "", name, False) for position, name in enumerate(columns))
+    parts = _text_parts(config)
     label = config.label_col
     if label is not None and label not in (name for _, name, _ in parts):
         raise _label_outside(label)
     return _filled(row, parts, label, answer)
+
+
+def _text_parts(config: PreProcess) -> tuple[Part, ...]:
+    if config.text_template is not None:
+        return _parse(config.text_template)
+    columns = (config.text_field,) if config.text_field is not None else config.text_cols or ("text",)
+    return tuple((" " if position else "", name, False) for position, name in enumerate(columns))
+
+
+def _answer_column(parts: Sequence[Part], label: str | None) -> str:
+    """The label, else the last column that is marked as an answer, else the last one."""
+    named = [name for _, name, _ in parts if name is not None]
+    marked = [name for _, name, mark in parts if mark and name is not None]
+    return label or (marked or named)[-1]
 
 
 def _filled(row: Row, parts: Sequence[Part], label: str | None, answer: str | None) -> Rendered:

@@ -17,7 +17,7 @@ from coldpress.artifacts.base import read_json
 from coldpress.data.chat_template import render_template
 from coldpress.errors import CheckpointError, DataError, MissingExtraError
 
-__all__ = ["TOKENIZER_FILES", "Tokenizer", "copy_tokenizer"]
+__all__ = ["TOKENIZER_FILES", "Tokenizer", "chat_template_of", "copy_tokenizer"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -187,6 +187,12 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             found[name] = text
     return found
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """The chat template beside a tokenizer, without loading that; raises CheckpointError."""
+    path = folder / "tokenizer_config.json"
+    return _chat_template(folder, read_json(path) if path.is_file() else {})
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ import coldpress
 from coldpress.artifacts.base import Artifact, Spec, read_json
 from coldpress.artifacts.weight_files import weight_bytes
 from coldpress.config.load import LoadedConfig
+from coldpress.data.tokenizer import chat_template_of
 from coldpress.engine.plan import Plan, Step, input_artifact
 from coldpress.engine.result import Score, StepResult
 from coldpress.engine.store import disk_errors, write_json
@@ -182,7 +183,8 @@ class Outcome:
             read_json(config) if config.is_file() else {},
             None if own is None else read_json(own / "adapter_config.json"),
         )
-        card = run_card(record, task, adapter=own is not None)
+        chat = chat_template_of(artifact.tokenizer_path) is not None
+        card = run_card(record, task, adapter=own is not None, chat=chat)
         for folder in (model, *((own,) if own is not None and artifact.kind == "checkpoint" else ())):
             path = folder / CARD_FILE
             if not path.is_file() or path.read_text(encoding="utf-8") != card:

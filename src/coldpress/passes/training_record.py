@@ -65,6 +65,8 @@ def document_training(
             **report,
             "method": method,
             "loss_first": sum(tenth) / len(tenth),
+            "prompt": prepared.prompt,
+            "chat_template": prepared.chat_template,
             "settings": settings,
             "arguments": json.loads(json.dumps(dict(arguments), default=str)),
             "data": _data(trained_on, prepared.train),
