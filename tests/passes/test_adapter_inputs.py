@@ -369,12 +369,22 @@ def test_convert_adapters_refuses_what_does_not_fit(llama: Path, tmp_path: Path,
         convert("-a", wide, "-o", target, "-m", built.path)
     with pytest.raises(CheckpointError, match="has no LoRA inputs"):
         convert("-a", fits, "-o", target, "-m", plain.path)
-    with pytest.raises(CheckpointError, match=r"float16 \[64, 4\], the graph wants float32 \[64, r\]"):
+    with pytest.raises(UsageError, match=r"--dtype is float16, and the inputs of .* are float32"):
         convert("-a", fits, "-o", target, "-m", built.path, "--dtype", "float16")
     with pytest.raises(UsageError, match="not quantized"):
         convert("-a", fits, "-o", target, "--quantize_int4")
     assert not target.with_name("made.onnx_adapter").exists()
+    with pytest.raises(CheckpointError, match="onnx is no adapter folder") as error:
+        convert("-a", tmp_path / "onnx", "-o", target)
+    assert "the output folder of a fine-tuning" in str(error.value.hint)
     assert "2 modules" in convert("-a", fits, "-o", target, "-m", built.path)
+
+
+def test_convert_adapters_takes_output_folders(llama: Path, tmp_path: Path, convert: Callable[..., str]) -> None:
+    """The adapter of a run lies in OUTPUT/model/adapter."""
+    make_adapter(llama, tmp_path / "output" / "model" / "adapter", ["q_proj"])
+    for given in ("output", "output/model", "output/model/adapter"):
+        assert "2 modules" in convert("-a", tmp_path / given, "-o", tmp_path / "made")
 
 
 def test_generation_takes_the_models_own_adapter_or_a_file(

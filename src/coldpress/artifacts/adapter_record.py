@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["AdapterSpec", "adapter_spec", "modules_of", "scale_key"]
+__all__ = ["ADAPTER_HINT", "AdapterSpec", "adapter_folder", "adapter_spec", "modules_of", "scale_key"]
 
 _PASSES: Mapping[str, str] = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
 _OWN_TENSORS = (".lora_", ".hada_", ".lokr_")
 """What stands after a module's name in the names of an adapter's tensors."""
+ADAPTER_HINT = "give the folder that holds adapter_config.json, or the output folder of a fine-tuning"
 _PREFIX = "base_model.model."
 
 
@@ -32,6 +34,12 @@ class AdapterSpec:
     """Full names of these layers, sorted."""
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The rest of adapter_config.json."""
+
+
+def adapter_folder(place: Path) -> Path | None:
+    """The adapter's folder: `place` itself, or in it where that is a fine-tuned model or a run's output folder."""
+    inside = (place / name for name in ("", "adapter", "model/adapter"))
+    return next((folder for folder in inside if (folder / "adapter_config.json").is_file()), None)
 
 
 def adapter_spec(record: Mapping[str, Any], modules: Iterable[str]) -> AdapterSpec:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from coldpress.errors import UsageError
+from coldpress.errors import CheckpointError, UsageError
 
 __all__ = ["convert_adapters"]
 
@@ -14,7 +14,7 @@ __all__ = ["convert_adapters"]
 @click.command(name="convert-adapters")
 @click.option(
     "-a", "--adapter-path", "--adapter_path", "adapter", required=True, type=click.Path(path_type=Path),
-    help="Folder with adapter_config.json and adapter_model.safetensors.",
+    help="Folder with adapter_config.json and adapter_model.safetensors, or a fine-tuning's output folder.",
 )  # fmt: skip
 @click.option(
     "-o", "--output-path", "--output_path", "output", required=True, type=click.Path(path_type=Path),
@@ -50,20 +50,27 @@ def convert_adapters(
     """
     from coldpress.artifacts.adapter import AdapterWeights
     from coldpress.artifacts.adapter_inputs import check_inputs, lora_inputs, outlines, write_inputs
+    from coldpress.artifacts.adapter_record import ADAPTER_HINT, adapter_folder
 
     if quantize_int4 or int4_block_size or int4_quantization_mode:
         raise UsageError(
             "adapters are not quantized: in int4 all would need one rank, and an adapter takes little memory",
             hint="leave --quantize_int4 and its options out",
         )
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise CheckpointError(f"{adapter} is no adapter folder", hint=ADAPTER_HINT)
     wanted = {}
     if model is not None:
         from coldpress.artifacts.base import Artifact
         from coldpress.graph.lora import inputs_of
 
         wanted = inputs_of(Artifact.load(model).model)
-    dtype = dtype or next((found for found, _ in wanted.values()), "float32")
-    with AdapterWeights.open(adapter) as weights:
+    own = next((found for found, _ in wanted.values()), None)
+    if None not in (dtype, own) and dtype != own:
+        raise UsageError(f"--dtype is {dtype}, and the inputs of {model} are {own}", hint="leave --dtype out")
+    dtype = dtype or own or "float32"
+    with AdapterWeights.open(folder) as weights:
         inputs = lora_inputs(weights, dtype)
     if model is not None:
         check_inputs(outlines(inputs), wanted, str(model))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from coldpress.artifacts.adapter_record import ADAPTER_HINT, adapter_folder
 from coldpress.artifacts.base import Artifact, Spec
 from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.config.metrics import AccuracyMetric, CustomMetric, LmEvalMetric, Metric
@@ -90,13 +91,11 @@ class Places:
 
     def _with_adapter(self, artifact: Artifact, adapter_path: str) -> Artifact:
         found = self.find(adapter_path)
-        # The folder itself, a fine-tuned model's artifact, or a run's output folder.
-        inside = [found / name for name in ("", "adapter", "model/adapter")] if found is not None else []
-        adapter = next((place for place in inside if (place / "adapter_config.json").is_file()), None)
+        adapter = None if found is None else adapter_folder(found)
         if adapter is None:
             raise PlanError(
                 f"adapter_path {adapter_path!r} is no adapter folder; looked in {self.looked_in(adapter_path)}",
-                hint="give the folder that holds adapter_config.json, or the output folder of a fine-tuning",
+                hint=ADAPTER_HINT,
             )
         return artifact.with_adapter(adapter)
 
