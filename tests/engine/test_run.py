@@ -274,6 +274,25 @@ def test_a_cache_that_cannot_be_written(workflow: Make, tmp_path: Path) -> None:
         coldpress.run(workflow({"mark": "a"}, cache_dir=str(tmp_path / "file" / "cache")))
 
 
+@pytest.mark.parametrize("key", ["cache_dir", "output_dir"])
+def test_nothing_goes_into_the_input_model(key: str, workflow: Make) -> None:
+    document = workflow({"mark": "a"})
+    model = Path(document["input_model"]["model_path"])
+    before = sorted(model.rglob("*"))
+    for folder in (model, model / "deeper" / "x"):
+        with pytest.raises(ConfigError, match=f"{key}: .*where nothing may be written .give another {key}"):
+            coldpress.run({**document, key: str(folder)})
+    assert sorted(model.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot make others in")
+def test_an_output_folder_that_cannot_be_made_is_found_before_any_work(workflow: Make) -> None:
+    events: list[Event] = []
+    with pytest.raises(StoreError, match="output_dir /proc/x cannot be made"):
+        coldpress.run(workflow({"mark": "a"}, output_dir="/proc/x"), sinks=[events.append])
+    assert not events
+
+
 @pytest.fixture
 def read_only(tmp_path: Path, disk_of: Callable[..., Path]) -> Path:
     """A folder without write permission; root may write everywhere, so for root it is a read-only file system."""

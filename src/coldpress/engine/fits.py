@@ -45,6 +45,7 @@ def fits(plan: Plan, hardware: Hardware, refuse: Refuse) -> list[str]:
             )
     for key, folder in (("cache_dir", plan.store.root), ("output_dir", plan.output_dir)):
         _can_write(key, folder, refuse)
+        _apart(key, folder, plan, refuse)
     _overlaps(plan, refuse)
     existing = next(path for path in (plan.store.root, *plan.store.root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -63,6 +64,18 @@ def _can_write(key: str, folder: Path, refuse: Refuse) -> None:
         refuse(f"{existing} is a file, so {folder} cannot be a folder", key, "give another folder")
     elif not os.access(existing, os.W_OK):
         refuse(f"{existing} cannot be written", key, "give it write permission, or give another folder")
+
+
+def _apart(key: str, folder: Path, plan: Plan, refuse: Refuse) -> None:
+    """What is made does not go among the files of the input model."""
+    artifact = plan.model.artifact
+    for model in () if artifact is None else (artifact.path, artifact.model, artifact.adapter):
+        if model is not None and folder.resolve().is_relative_to(model.resolve()):
+            what = (
+                "is the input model's folder" if folder.resolve() == model.resolve() else f"lies in {model}, an input"
+            )
+            refuse(f"{folder} {what}, where nothing may be written", key, f"give another {key}")
+            return
 
 
 def _overlaps(plan: Plan, refuse: Refuse) -> None:

@@ -50,9 +50,25 @@ def complete_plan(loaded: LoadedConfig, *, trust_remote_code: bool = False, any_
     else:
         check_plan(plan, to_run=True)
     plan.store.prepare()
+    _try_output(plan.output_dir)
     with disk_errors(plan.store.root):
         plan.store.digests.save()
     return plan
+
+
+def _try_output(folder: Path) -> None:
+    """Make the output folder, before the work whose result goes there, and leave no trace of that."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"output_dir {folder} cannot be made: {error.strerror}", hint="give another output_dir"
+        ) from error
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):  # a run beside this one may have written there
+                place.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
