@@ -78,3 +78,30 @@ def test_targets_that_cannot_be_written(today: Any, load: Load, tmp_path: Path) 
     for force in (False, True):
         with pytest.raises(UsageError, match="cannot be written"):
             write_migrated(load(today), tmp_path / "no" / "new.json", force=force)
+
+
+def test_inputs_keep_their_meaning_in_another_folder(today: Any, load: Load, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new" / "deep"
+    new.mkdir(parents=True)
+    for name in ("model", "data"):
+        (old / name).mkdir(parents=True)
+    (old / "data" / "a.jsonl").touch()
+    today["input_model"]["model_path"] = "model"
+    loading = today["data_configs"][0]["load_dataset_config"]
+    loading |= {
+        "data_name": "json",
+        "data_files": {"train": ["data/a.jsonl", str(old / "data" / "a.jsonl")], "test": "b"},
+    }
+    today["workflow_id"] = "model"
+    (old / "w.json").write_text(json.dumps(today))
+    write_migrated(load(old / "w.json"), new / "w.json")
+    made = json.loads((new / "w.json").read_text())
+    assert made["input_model"]["model_path"] == "../../old/model"
+    assert made["data_configs"][0]["load_dataset_config"]["data_files"] == {
+        "train": ["../../old/data/a.jsonl", str(old / "data" / "a.jsonl")],
+        "test": "b",
+    }
+    assert made["workflow_id"] == "model"
+    assert made["output_dir"] == today["output_dir"]
+    write_migrated(load(old / "w.json"), old / "again.json")
+    assert json.loads((old / "again.json").read_text()) == today
