@@ -12,6 +12,7 @@ import click
 
 from coldpress.cli.data_options import data_config, text_options, text_settings
 from coldpress.cli.documents import run_options, save_or_run, skeleton
+from coldpress.data.sources import BUNDLED_TEXT
 from coldpress.errors import UsageError
 from coldpress.registry import nearest
 
@@ -39,8 +40,6 @@ _COSTS: Mapping[str, tuple[str, str]] = {
 _OBJECTIVES = (*_COSTS, "quality")
 _TIMED_SECONDS = 20
 """For the speed of one candidate and the input in turn."""
-_TEXT = Path(__file__).resolve().parents[1] / "data" / "parity_text.txt"
-"""Measured on where no data is given."""
 
 
 def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -68,7 +67,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
 @click.option("--trials", type=click.IntRange(1), default=16, show_default=True, help="Settings that are measured.")
 @click.option("--max-time", type=click.FloatRange(0, min_open=True), metavar="MINUTES", callback=_finite,
               help="No trial begins later.")  # fmt: skip
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True, help="Seed of the sampler.")
 @run_options
 def optimize(model: str, **options: Any) -> int:
     """Find the best form of MODEL (a checkpoint folder or hub id) for a target: smaller, faster, and still good.
@@ -147,7 +146,7 @@ def _data(o: Mapping[str, Any]) -> dict[str, Any]:
     if o["data"] is None:
         if o["label_col"] or o["text_template"]:
             raise UsageError("--answer and --template say how records of --data are read, and there is no --data")
-        return data_config("data", str(_TEXT), None, {"max_seq_len": 512})
+        return data_config("data", BUNDLED_TEXT, None, {"max_seq_len": 512})
     text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
     if Path(o["data"]).suffix.lower() == ".txt" and o["strategy"] is None:
         text = {**text, "strategy": "join", "joiner": "\n"}

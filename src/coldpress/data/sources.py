@@ -19,8 +19,10 @@ from coldpress.config.schema import AzureMLResource, DataConfig, LoadDataset
 from coldpress.errors import DataError, MissingExtraError
 from coldpress.registry import nearest
 
-__all__ = ["Records", "files_of", "read_records"]
+__all__ = ["BUNDLED_TEXT", "Records", "files_of", "read_records"]
 
+BUNDLED_TEXT = "coldpress:parity_text.txt"
+"""In data_files, the text that comes with Coldpress, wherever that is installed."""
 FORMATS = {
     "json": "json", "jsonl": "json", "ndjson": "json",
     "csv": "csv", "tsv": "csv",

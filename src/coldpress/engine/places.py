@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 from coldpress.artifacts.adapter_record import ADAPTER_HINT, adapter_folder
@@ -12,6 +13,7 @@ from coldpress.artifacts.base import Artifact, Spec
 from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.config.metrics import AccuracyMetric, CustomMetric, LmEvalMetric, Metric
 from coldpress.config.schema import AzureMLResource, DataConfig, InputModel, LoadDataset
+from coldpress.data.sources import BUNDLED_TEXT
 from coldpress.errors import CheckpointError, PlanError
 
 __all__ = ["Places", "ResolvedModel", "model_files", "spec_of_unknown"]
@@ -138,6 +140,8 @@ class Places:
         return metric
 
     def _file(self, name: str) -> str:
+        if name == BUNDLED_TEXT:
+            return str(resources.files("coldpress.data").joinpath(name.partition(":")[2]))
         found = self.find(name)
         return name if found is None else str(found)
 
