@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from coldpress.cli.doctor import findings
+from coldpress.cli.main import _root
 from coldpress.cli.text import table
 from coldpress.engine.store import Store
 from coldpress.hardware import Gpu, detect
@@ -25,6 +27,18 @@ def coldpress(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subp
         input=stdin,
         check=False,
     )
+
+
+def test_every_option_says_what_it_is() -> None:
+    mute, commands = [], [click.Context(_root).command]
+    for command in commands:
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            commands += [one for name in command.list_commands(context) if (one := command.get_command(context, name))]
+        options = [one for one in command.params if isinstance(one, click.Option)]
+        mute += [f"{command.name} {one.opts[0]}" for one in options if not one.hidden and not one.help]
+    assert len(commands) > 16
+    assert not mute
 
 
 def test_help_lists_every_verb() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from coldpress.cli.options import log_format_option, trust_option
 from coldpress.errors import StoreError
 
 __all__ = ["run_options", "save_or_run", "skeleton"]
@@ -24,10 +25,8 @@ def run_options(command: Any) -> Any:
                 metavar="FILE",
                 help="Write the workflow to FILE (.json or .yaml) and do not run it.",
             ),
-            click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),
-            click.option(
-                "--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True
-            ),
+            trust_option,
+            log_format_option,
         )
     ):
         command = option(command)

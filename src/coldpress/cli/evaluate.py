@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from coldpress.cli.options import trust_option
 from coldpress.errors import UsageError
 from coldpress.registry import nearest
 
@@ -59,7 +60,7 @@ _NAMES = (*_OF_ANSWERS, *_OF_TEXT, *_OF_TWO, *_OF_COST)
               help="What runs models that it can run.")  # fmt: skip
 @click.option("--max-seconds", type=click.FloatRange(0, min_open=True), help="Time for each metric of speed.")
 @click.option("--json", "as_json", is_flag=True, help="Scores as JSON.")
-@click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE")
+@trust_option
 def eval(model: Path, other: Path | None, as_json: bool, trust_remote_code: bool, **options: Any) -> int:  # noqa: A001
     """Measure MODEL: a checkpoint, an adapter, an ONNX model, or the output folder of a run.
 

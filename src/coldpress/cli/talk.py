@@ -8,24 +8,38 @@ from typing import Any
 
 import click
 
+from coldpress.cli.options import trust_option
+
 __all__ = ["chat", "generate"]
 
 
 def _sampling_options(command: Any) -> Any:
     for option in reversed(
         (
-            click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+            click.option(
+                "--max-new-tokens",
+                type=click.IntRange(1),
+                default=256,
+                show_default=True,
+                help="Tokens to write at most.",
+            ),
             click.option(
                 "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
             ),
-            click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1),
+                default=1.0,
+                show_default=True,
+                help="Sample among the likeliest tokens that make up this share of the probability.",
+            ),
             click.option(
                 "--adapter",
                 type=click.Path(path_type=Path),
                 help="An .onnx_adapter file for an ONNX model with LoRA inputs; default: the one it was built with.",
             ),
             click.option("--seed", type=int, help="Seed of the sampling."),
-            click.option("--trust-remote-code", is_flag=True, envvar="COLDPRESS_TRUST_REMOTE_CODE"),
+            trust_option,
         )
     ):
         command = option(command)

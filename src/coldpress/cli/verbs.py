@@ -42,18 +42,25 @@ def _share_or_count(text: str) -> float | int:
     help="Held out of the data when there is no --eval-data: a share or a count; 0 for none.",
 )
 @text_options
-@click.option("--method", type=click.Choice(list(_METHODS)), default="lora", show_default=True)
-@click.option("-r", "--rank", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--method", type=click.Choice(list(_METHODS)), default="lora", show_default=True,
+              help="What is trained; full: all weights.")  # fmt: skip
+@click.option("-r", "--rank", type=click.IntRange(1), default=64, show_default=True, help="Rank of the adapter.")
 @click.option("--alpha", type=float, default=None, help="Scale of the adapter; default: the rank.")
-@click.option("--dropout", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option("--dropout", type=click.FloatRange(0, 1), default=0.05, show_default=True,
+              help="Share of the adapter's inputs left out in training.")  # fmt: skip
 @click.option("--target-modules", default="all-linear", show_default=True, help="Linear layers to adapt, with commas.")
-@click.option("--epochs", type=float, default=3.0, show_default=True)
+@click.option("--epochs", type=float, default=3.0, show_default=True, help="Times that the data is gone through.")
 @click.option("--max-steps", type=int, help="Stop after so many steps, whatever --epochs says.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Records of a batch.")
+@click.option("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True,
+              help="Batches of a step.")  # fmt: skip
 @click.option("--learning-rate", type=float, help="Default: 2e-4 for adapters, 2e-5 for all weights.")
-@click.option("--seed", type=int, default=42, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option(
+    "--seed", type=int, default=42, show_default=True, help="Of the order of records, the start, the dropout."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Where it is trained."
+)
 @click.option("--no-merge", is_flag=True, help="Hand over the adapter instead of a merged checkpoint.")
 @click.option(
     "--build", "precision", type=click.Choice(["fp32", "int8", "int4"]), help="Build an ONNX model of it too."
@@ -159,8 +166,9 @@ def _measure_accuracy(document: dict[str, Any], data: str) -> None:
 @click.command()
 @click.argument("model")
 @click.option(
-    "-p", "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="int4", show_default=True
-)
+    "-p", "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="int4", show_default=True,
+    help="Of the weights.",
+)  # fmt: skip
 @click.option(
     "--profile",
     type=click.Choice(["fast", "balanced", "accurate"]),
@@ -179,7 +187,8 @@ def _measure_accuracy(document: dict[str, Any], data: str) -> None:
 @click.option("--exclude-lm-head", is_flag=True, help="Leave the output head out of the model.")
 @click.option("--prune-lm-head", is_flag=True, help="Logits of the last token only: faster prompts.")
 @click.option("--adapter", help="A PEFT adapter to add to the weights while they are read.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="Execution provider that it is built for.")  # fmt: skip
 @click.option("--no-proof", is_flag=True, help="Skip the comparison with the checkpoint.")
 @run_options
 def build(model: str, **options: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from coldpress.cli.options import log_format_option, trust_option
 from coldpress.cli.text import table
 from coldpress.config.load import LoadedConfig
 from coldpress.errors import ColdpressError, ConfigError, UsageError
@@ -46,14 +47,6 @@ def _with_config(command: Any) -> Any:
     )(command)
 
 
-_trust = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    envvar="COLDPRESS_TRUST_REMOTE_CODE",
-    help="Agree to run Python code that comes with the checkpoint, where the config asks for it.",
-)
-
-
 def load(config: str | None, arguments: Sequence[str]) -> LoadedConfig:
     from coldpress.api import load_config
 
@@ -76,9 +69,8 @@ def say_dialect(loaded: LoadedConfig, echo: Any = click.echo) -> None:
 
 @click.command()
 @_with_config
-@_trust
-@click.option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", show_default=True,
-              help="auto: live on a terminal, plain lines elsewhere; json: one event a line.")  # fmt: skip
+@trust_option
+@log_format_option
 @click.option("--quiet-dialect", is_flag=True, help="Do not list the rewrites of an older dialect.")
 def run(
     config: str | None, arguments: Sequence[str], trust_remote_code: bool, log_format: str, quiet_dialect: bool
@@ -138,7 +130,7 @@ def check(config: str | None, arguments: Sequence[str]) -> None:
 
 @click.command()
 @_with_config
-@_trust
+@trust_option
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
 def plan(config: str | None, arguments: Sequence[str], trust_remote_code: bool, as_json: bool) -> int:
     """Dry run: what would happen, what is cached, what it takes, and why it would be refused. Reads no weights."""
