@@ -163,6 +163,50 @@ def test_runs_side_by_side(browser: Chromium, tiny_run: Path, tmp_path: Path) ->
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
 
+OUTSIDE_THEIR_CELL = """
+[...document.querySelectorAll('.scroll')].filter((place) => place.scrollWidth > place.clientWidth).map(
+  (place) => place.ariaLabel
+)
+"""
+OVER_FIGURES = """
+[...document.querySelectorAll('#results tbody td')].filter((cell) => {
+  const label = getComputedStyle(cell, '::before');
+  return label.content !== 'none' && label.whiteSpace === 'nowrap';
+}).length
+"""
+ROOM_OF_CHARTS = """
+[...document.querySelectorAll('#results .plot .nsewdrag')].map((place) => place.getBoundingClientRect().height)
+"""
+CUT_OFF = """
+[...document.querySelectorAll('.plot')].filter((place) => {
+  const frame = place.getBoundingClientRect();
+  return [...place.querySelectorAll('.xtick text, .legendtext')].map((one) => one.getBoundingClientRect()).some(
+    (box) => box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1
+  );
+}).map((place) => place.id)
+"""
+
+
+@pytest.mark.parametrize("width", [320, 400, 1200, 1700])
+def test_runs_with_long_names_side_by_side(browser: Chromium, tiny_run: Path, tmp_path: Path, width: int) -> None:
+    run = load_runs([tiny_run])[0]
+    deep = {"pre_process_data_config": {"text_template_of_" + "a_long_name_" * 4: "x"}}
+    others = [run.record.model_copy(update={"config": {**run.record.config, "data": deep}}), run.record]
+    names = ["fine-tuned-on-all-phrases-rank-64-", "HuggingFaceTB/SmolLM2: LoRA → MergeAdapterWeights → "]
+    runs = [
+        Run(name + str(place), run.folder, record, run.trainings)
+        for place, (name, record) in enumerate(zip(names, others, strict=True))
+    ]
+    page = tmp_path / "comparison.html"
+    write_page(page, comparison_page(runs))
+    browser.open(page, width=width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(OUTSIDE_THEIR_CELL) == [], "no table is wider than the page"
+    assert browser.evaluate(OVER_FIGURES) == 0, "no name is written over a figure"
+    assert min(browser.evaluate(ROOM_OF_CHARTS)) > 100, "names leave the charts their room"
+    assert browser.evaluate(CUT_OFF) == []
+
+
 def test_a_failed_run_and_one_without_charts(
     browser: Chromium, workflow: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -281,6 +281,11 @@ def test_names_tell_runs_apart(tiny_run: Path, tmp_path: Path) -> None:
     ]
     assert [run.name for run in load_runs([tiny_run, tiny_run])] == ["output (1)", "output (2)"]
     assert [run.name for run in load_runs([tiny_run])] == ["tiny"]
+    for folder, changed in (("a", {"workflow": "other"}), ("b", {"workflow": "default_workflow", "steps": []})):
+        record = {**json.loads((tiny_run / "run.json").read_text()), **changed}
+        (tmp_path / folder / "run.json").write_text(json.dumps(record))
+    assert [run.name for run in load_runs([tiny_run, tmp_path / "a"])] == ["tiny", "other"]
+    assert [run.name for run in load_runs([tiny_run, tmp_path / "b"])] == ["output", "b"], "never by what was done"
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ POINTS = 1000
 """Most points of a curve; longer ones are drawn as means over equal stretches."""
 BARS = 40
 """Most steps in a bar chart; of more, the costliest are drawn."""
+TICK = 16
+"""Most characters of a name under a chart: longer ones would leave the chart no room. Its caption has them whole."""
+LEGEND = 32
+"""Most characters of a name in a legend, which on a phone has a line for each."""
 SMOOTHING = 0.9
 """Weight of the past in the smoothed loss."""
 
@@ -40,6 +44,12 @@ class Chart:
 def plain(text: str) -> str:
     """Text that Plotly shows as it is."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _cut(text: str, most: int) -> str:
+    """A name without its middle, as Plotly shows it: what tells names apart stands at their ends."""
+    kept = most // 2
+    return plain(text if len(text) <= most else f"{text[: most - kept - 1]}…{text[-kept:]}")
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -70,7 +80,15 @@ def _thinned(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
 def _line(x: Sequence[float], y: Sequence[float], name: str, colour: str, **more: Any) -> dict[str, Any]:
     line = {"color": colour, "width": more.pop("width", 2)}
-    return {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "name": plain(name), "line": line, **more}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": list(x),
+        "y": list(y),
+        "name": _cut(name, LEGEND),
+        "line": line,
+        **more,
+    }
 
 
 def curve_chart(name: str, step: str, training: TrainingRecord) -> Chart:
@@ -141,7 +159,9 @@ def _score_chart(name: str, row: Comparison, order: Sequence[str]) -> Chart:
         axis.update(ticksuffix=" %")
     else:
         axis.update(title={"text": plain(row.unit)})
-    layout = {"xaxis": {"type": "category"}, "yaxis": axis, "showlegend": False, "hovermode": "closest"}
+    names = {"type": "category", "tickmode": "array", "tickvals": list(range(len(models))),
+             "ticktext": [_cut(model, TICK) for model in models]}  # fmt: skip
+    layout = {"xaxis": names, "yaxis": axis, "showlegend": False, "hovermode": "closest"}
     caption = "; ".join(f"{model} {text}" for model, text in zip(models, said, strict=True))
     return Chart(name, {"data": [trace], "layout": layout}, f"{row.name}: {caption}.", 240)
 

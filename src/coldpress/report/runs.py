@@ -48,13 +48,18 @@ def _title(record: RunRecord, folder: Path) -> str:
 
 
 def load_runs(places: Sequence[Path]) -> list[Run]:
-    """Output folders or records; raises StoreError. Runs of one name are told apart by their folders."""
-    found = [(*read_run(place), place) for place in places]
-    folders = [path.resolve().parent for _, path, _ in found]
-    names = [_title(record, folder) for (record, _, _), folder in zip(found, folders, strict=True)]
-    if len(set(names)) < len(names):
+    """Output folders or records; raises StoreError.
+
+    Several are called by their workflows' ids, or by their folders where an id is missing or stands twice.
+    """
+    found = [read_run(place) for place in places]
+    folders = [path.resolve().parent for _, path in found]
+    if len(found) == 1:
+        return [run_of(found[0][0], folders[0])]
+    names = [record.workflow for record, _ in found]
+    if len(set(names) - {"", _UNNAMED}) < len(names):
         names = _distinct(folders)
-    return [run_of(record, path.resolve().parent, name) for (record, path, _), name in zip(found, names, strict=True)]
+    return [run_of(record, folder, name) for (record, _), folder, name in zip(found, folders, names, strict=True)]
 
 
 def _distinct(folders: Sequence[Path]) -> list[str]:
