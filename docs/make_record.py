@@ -26,7 +26,7 @@ An output folder holds
 | --- | --- |
 | `model/` | the model, with a card (`README.md`); an adapter in it has a card of its own |
 | `report.html` | the run as a page: see [report.md](report.md) |
-| `run.json` | the run as data, written last: where it is, the model beside it is whole and belongs to it |
+| `run.json` | the run as data; where it is, the model beside it is whole and belongs to it |
 | `failed.json` | the same of the last run, if that failed; `run.json` and `model/` are then of an earlier one |
 | `logs/STEP/training.json` | every figure of a training step; what `report_to` wrote lies beside it |
 

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 import coldpress
-from coldpress.errors import ColdpressError, ConfigError, StepError
+from coldpress.errors import ColdpressError, ConfigError, DiskFullError, StepError, StoreError
 from coldpress.events import Event, Message
 from coldpress.record import read_run, record_json_schema
 
@@ -64,6 +64,25 @@ def test_a_disk_that_takes_no_record_does_not_hide_the_error(
         file.write(b"\0" * (1 << 20))
     with pytest.raises(StepError, match="it failed on purpose"):
         coldpress.run(document)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_page_that_cannot_be_written_leaves_the_record(
+    workflow: Make, tmp_path: Path, disk_of: Callable[..., Path], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = disk_of("1m") if full else tmp_path / "output"
+    (output / "report.html").mkdir(parents=True)
+    if full:
+        (output / "report.html").rmdir()
+        monkeypatch.setattr("coldpress.report.page._text", lambda name: "x" * (2 << 20))
+    with pytest.raises(StoreError, match=r"report\.html cannot be written") as caught:
+        coldpress.run(workflow({"mark": "a"}, output_dir=str(output)))
+    assert isinstance(caught.value, DiskFullError) == full
+    assert "coldpress report" in str(caught.value.hint)
+    written = read_run(output / "run.json")[0]
+    assert written.status == "done"
+    assert written.output is not None
+    assert list(output.glob(".*.tmp")) == []
 
 
 def test_warnings_and_cached_steps_are_in_the_record(workflow: Make, tmp_path: Path) -> None:

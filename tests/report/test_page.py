@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,17 @@ def test_names_tell_runs_apart(tiny_run: Path, tmp_path: Path) -> None:
         (tmp_path / folder / "run.json").write_text(json.dumps(record))
     assert [run.name for run in load_runs([tiny_run, tmp_path / "a"])] == ["tiny", "other"]
     assert [run.name for run in load_runs([tiny_run, tmp_path / "b"])] == ["output", "b"], "never by what was done"
+
+
+def test_a_page_is_written_by_two_at_once(tmp_path: Path) -> None:
+    """Each writes beside the place under a name of its own, and the last to end wins."""
+    path = tmp_path / "report.html"
+    pages = [str(number) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(len(pages)) as pool:
+        for _ in range(20):
+            list(pool.map(lambda page: write_page(path, page), pages))
+    assert path.read_text() in pages
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:

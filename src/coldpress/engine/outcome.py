@@ -3,8 +3,8 @@
 output_dir/
   model/README.md             the card of what was handed over
   logs/STEP/training.json     every figure of a training
-  report.html                 the run as a page
-  run.json                    written last; there is none without a model that belongs to it
+  run.json                    written when all of the above is; there is none without a model that belongs to it
+  report.html                 the run as a page, made from the record
   failed.json                 of the last run, if that failed
 """
 
@@ -74,7 +74,10 @@ class Outcome:
     """The config with the search in it; None is the plan's."""
 
     def write(self, model: Path | None) -> Path:
-        """Write all of it beside the model that was handed over, if any; returns the record, which comes last."""
+        """Write all of it beside the model that was handed over, if any; returns the file of the record.
+
+        The page comes after the record, so that one that cannot be written leaves it.
+        """
         plan, folder = self.plan, self.plan.output_dir
         with disk_errors(folder):
             steps = tuple(self._step(result) for result in self.steps)
@@ -83,9 +86,9 @@ class Outcome:
                 self._cards(record, model)
                 record = record.model_copy(update={"output": self._output(model)})
             folder.mkdir(parents=True, exist_ok=True)
-            write_report(record, folder)
             write_json(folder / RECORD_FILE, to_json(record))
             (folder / FAILED_FILE).unlink(missing_ok=True)
+            write_report(record, folder)
         plan.store.digests.save()
         return folder / RECORD_FILE
 

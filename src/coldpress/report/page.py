@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import gzip
 import json
+import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import coldpress
-from coldpress.errors import StoreError
+from coldpress.errors import DiskFullError, StoreError
 from coldpress.record import RunRecord
 from coldpress.report.compare import COMPARED
 from coldpress.report.runs import Run, run_of
@@ -39,7 +42,7 @@ def write_report(record: RunRecord, folder: Path) -> Path:
 
 def write_page(path: Path, page: str) -> None:
     """Write a page whole or not at all; raises StoreError."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")
@@ -47,7 +50,11 @@ def write_page(path: Path, page: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
+        kind = DiskFullError if error.errno == errno.ENOSPC else StoreError
+        raise kind(
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="mend that and run it again; `coldpress report OUTPUT_DIR/run.json -o FILE` writes it elsewhere",
+        ) from error
 
 
 def run_page(run: Run) -> str:
