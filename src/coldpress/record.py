@@ -7,7 +7,8 @@ A reader ignores what it does not know; a field is only ever added, or `record_v
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -478,12 +479,25 @@ def read_training(path: Path) -> TrainingRecord:
 
 def _read(path: Path, kind: type[R]) -> R:
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        odd = next(_not_finite(value), None)
+        if odd is not None:
+            raise ValueError(f"{odd} is no number of JSON, where null stands for what is not finite")
+        return kind.model_validate(value)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what pydantic, JSON and UTF-8 raise is a ValueError
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         what = str(error) if first is None else f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         raise StoreError(
             f"{path} is no record of a run: {what}", hint="`coldpress schema --record` prints what one looks like"
         ) from error
+
+
+def _not_finite(value: Any, path: str = "") -> Iterator[str]:
+    """Numbers that Python reads and JSON has none of, each with its path."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: {value}"
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{path}.{key}".lstrip("."))

@@ -35,7 +35,7 @@ def parse_size(text: str | int) -> int:
 
 def duration(seconds: float | None) -> str:
     """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "?"
     if seconds < 10:
         return f"{seconds:.1f} s"

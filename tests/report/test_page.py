@@ -247,6 +247,19 @@ def test_the_smoothed_loss_has_no_pull_to_its_start() -> None:
     assert smoothed([0.0] * k + [1.0] * k)[-1] == pytest.approx((1 - 0.9**k) / (1 - 0.9 ** (2 * k)))
 
 
+def test_numbers_too_large_for_a_chart_are_left_out(tiny_run: Path, tmp_path: Path) -> None:
+    written = json.loads((tiny_run / "run.json").read_text())
+    written["scores"][0].update(value=-1e308, standard_error=1e308)
+    for step in written["steps"]:
+        step["seconds"] = 1e308
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    runs = load_runs([tmp_path])
+    drawn = figures(run_page(runs[0]))["score-0"]["data"][0]
+    assert drawn["y"][0] is None
+    assert None not in drawn["y"][1:]
+    assert "2 runs" in comparison_page(runs * 2)
+
+
 def test_text_for_plotly() -> None:
     assert plain("<b>&lt;") == "&lt;b&gt;&amp;lt;"
 

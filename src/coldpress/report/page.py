@@ -12,6 +12,7 @@ import errno
 import functools
 import gzip
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,17 +87,26 @@ def _found(sections: Iterable[Section | None]) -> list[Section]:
 
 def _page(said: Mapping[str, Any], sections: Sequence[Section]) -> str:
     charts = [chart for section in sections for chart in section.charts]
-    figures = {chart.id: chart.figure for chart in charts}
+    figures = json.dumps(_finite({chart.id: chart.figure for chart in charts}), ensure_ascii=False, allow_nan=False)
     page: str = _templates()("page.html").render(
         **said,
         sections=sections,
         # "<" would end the element that the figures stand in.
-        figures=json.dumps(figures, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c") if charts else "",
+        figures=figures.replace("<", "\\u003c") if charts else "",
         plotly=_plotly() if charts else "",
         style=_text("style.css"),
         draw=_text("draw.js"),
     )
     return page
+
+
+def _finite(value: Any) -> Any:
+    """Values of a figure, with nothing for numbers too large to be drawn: JSON has none of them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @functools.cache
