@@ -95,7 +95,7 @@ def test_a_real_run(tiny_run: Path) -> None:
     seen = Reader(page)
     for said in (
         "Before and after", "Steps", "Training", "Machine and versions", "To do it again", record.hardware.processor,
-        str(record.libraries["transformers"]), "coldpress run workflow.json", "perplexity", "layer by layer",
+        str(record.libraries["transformers"]), "coldpress run workflow-again.json", "perplexity", "layer by layer",
         "weights on disk",
     ):  # fmt: skip
         assert said in seen.text, said
@@ -283,6 +283,18 @@ def test_runs_side_by_side(tiny_run: Path, tmp_path: Path) -> None:
     bold = re.findall(r'<strong class="good">([^<]+)</strong>', page)
     assert len(bold) == 1
     assert bold[0].startswith("99.9 %")
+
+
+@pytest.mark.parametrize(
+    ("config_file", "name"),
+    [("/a/workflow.json", "workflow-again.json"), ("/a/b.yaml", "b-again.json"), (None, "workflow.json")],
+)
+def test_doing_it_again_writes_over_no_config(tiny_run: Path, config_file: str | None, name: str) -> None:
+    run = load_runs([tiny_run])[0]
+    changed = run.record.model_copy(update={"config_file": config_file})
+    seen = Reader(run_page(Run("again", run.folder, changed, {})))
+    assert f"Save the config below as {name}" in seen.text
+    assert f"coldpress run {name}" in seen.text
 
 
 def test_names_tell_runs_apart(tiny_run: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from coldpress.record import DataRecord, ModelRecord, StepRecord
@@ -223,8 +224,11 @@ def reproduce(run: Run) -> Section:
     record = run.record
     output = record.output.path if record.output is not None else None
     generate = [f'coldpress generate {_quoted(output)} --prompt "..."'] if output else []
+    # A name of its own: the user's file may say more than its values, and is not to be written over.
+    name = "workflow.json" if record.config_file is None else f"{Path(record.config_file).stem}-again.json"
     values = {
-        "commands": ["coldpress run workflow.json", *generate, f"coldpress report {_quoted(str(run.folder))}"],
+        "name": name,
+        "commands": [f"coldpress run {_quoted(name)}", *generate, f"coldpress report {_quoted(str(run.folder))}"],
         "config": json.dumps(record.config, indent=2, ensure_ascii=False),
         "config_file": record.config_file,
         "model": output,
