@@ -96,7 +96,7 @@ def test_a_real_run(tiny_run: Path) -> None:
     for said in (
         "Before and after", "Steps", "Training", "Machine and versions", "To do it again", record.hardware.processor,
         str(record.libraries["transformers"]), "coldpress run workflow-again.json", "perplexity", "layer by layer",
-        "weights on disk",
+        "learning_rate 0.01", "per_device_train_batch_size 4", "weights on disk",
     ):  # fmt: skip
         assert said in seen.text, said
     assert list(figures(page)) == ["score-0", "score-1", "cost", "curve-0"]

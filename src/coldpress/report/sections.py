@@ -17,7 +17,7 @@ from coldpress.report.charts import Chart, cost_chart, curve_chart, logged, scor
 from coldpress.report.runs import Run
 from coldpress.report.search import history_chart, pareto_chart, trial_rows
 from coldpress.summary import Comparison, comparisons, models_of, parity_text
-from coldpress.units import duration, size
+from coldpress.units import duration, settings_text, size
 
 __all__ = [
     "SECTIONS",
@@ -181,6 +181,8 @@ def _training_facts(step: StepRecord) -> list[tuple[str, str]]:
     return [
         ("method", one.method),
         ("parameters trained", share),
+        ("settings", _said(one.settings)),
+        ("training arguments", _said(one.arguments)),
         ("data", _data(one.data)),
         ("held out", _data(one.held_out)),
         ("training steps", f"{one.steps:,}; {one.tokens:,} tokens{rate}"),
@@ -190,6 +192,12 @@ def _training_facts(step: StepRecord) -> list[tuple[str, str]]:
         ("went on from", "" if one.resumed_from is None else f"the checkpoint at step {one.resumed_from}"),
         ("device", one.device),
     ]
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    """Settings in one line, empty ones left out."""
+    given = {key: value for key, value in settings.items() if value not in (None, "", {}, [])}
+    return settings_text(given) if given else ""
 
 
 def _data(data: DataRecord | None) -> str:
