@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coldpress import events
+from coldpress.config.json_schema import workflow_json_schema
 from coldpress.registry import PASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,25 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["docs/config.md", "docs/search.md"])
+def test_workflows_of_the_docs_are_what_the_schema_says(page: str) -> None:
+    """An editor that has the schema marks nothing in them; what they leave out aside."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = workflow_json_schema({name: PASSES[name].Config for name in PASSES})
+    validator = jsonschema.Draft202012Validator({key: value for key, value in schema.items() if key != "required"})
+    text = (ROOT / page).read_text(encoding="utf-8")
+    workflows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    assert workflows
+    for workflow in workflows:
+        assert [error.message for error in validator.iter_errors(workflow)] == []
+
+
+def test_every_key_of_a_workflow_stands_once_in_its_table() -> None:
+    table = (ROOT / "docs" / "config.md").read_text(encoding="utf-8").partition("## Data")[0]
+    keys = [key for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
+    assert len(keys) == len(set(keys)) > 10
 
 
 def test_every_family_is_in_the_docs() -> None:
