@@ -18,7 +18,8 @@ __all__ = ["page"]
 TARGET = Path(__file__).with_name("run-record.md")
 HEAD = """# The record of a run
 
-Made from the code by `python docs/make_record.py`. `coldpress schema --record` prints the same as JSON Schema.
+Made from the code by `python docs/make_record.py`. `coldpress schema --record` prints the same as JSON Schema:
+that of `run.json`, in which `$defs/TrainingRecord` is that of `training.json`.
 
 An output folder holds
 
@@ -48,10 +49,6 @@ PARTS = (
     ("Data of a training", record.DataRecord),
     ("What was trained", record.TrainedRecord),
     ("What a goal asked", record.GoalRecord),
-    ("A search", record.SearchRecord),
-    ("A trial of a search", record.TrialRecord),
-    ("A dimension of a search", record.DimensionRecord),
-    ("An objective of a search", record.ObjectiveRecord),
     ("The output", record.OutputRecord),
     ("An error", record.ErrorRecord),
     ("The machine", record.HardwareRecord),
@@ -76,8 +73,6 @@ def _type(annotation: object) -> str:
         return f"list of ({_type(arguments[0])})" if arguments[-1] is Ellipsis else "pair of whole numbers"
     if origin is not None:
         return "object"
-    if annotation is typing.Any:
-        return "any value"
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}[typing.cast("type", annotation)]
 
 

@@ -28,6 +28,15 @@ def test_a_real_record_fits_the_schema_and_reads_back(tiny_run: Path) -> None:
     )
 
 
+def test_a_real_training_fits_its_part_of_the_schema(tiny_run: Path) -> None:
+    schema = record_json_schema()
+    validator = jsonschema.Draft202012Validator({"$ref": "#/$defs/TrainingRecord", "$defs": schema["$defs"]})
+    written = json.loads((tiny_run / "logs" / "lora" / "training.json").read_text())
+    validator.validate(written)
+    for damage in ({"losses": "none"}, {"base": {}}, {"trained": 3}):
+        assert not validator.is_valid({**written, **damage}), damage
+
+
 def test_the_schema_refuses_what_is_no_record(tiny_run: Path) -> None:
     written = json.loads((tiny_run / "run.json").read_text())
     validator = jsonschema.Draft202012Validator(record_json_schema())

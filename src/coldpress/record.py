@@ -454,8 +454,10 @@ def to_json(record: BaseModel) -> dict[str, Any]:
 
 
 def record_json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of `run.json` and `failed.json`."""
+    """JSON Schema (draft 2020-12) of `run.json` and `failed.json`; in it `$defs/TrainingRecord`, of `training.json`."""
     schema = RunRecord.model_json_schema(mode="serialization")
+    training = TrainingRecord.model_json_schema(mode="serialization")
+    schema["$defs"] |= {**training.pop("$defs"), "TrainingRecord": training}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Record of a Coldpress run"}
 
 

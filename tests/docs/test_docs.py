@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import typing
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def test_every_key_of_a_workflow_stands_once_in_its_table() -> None:
     table = (ROOT / "docs" / "config.md").read_text(encoding="utf-8").partition("## Data")[0]
     keys = [key for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
     assert len(keys) == len(set(keys)) > 10
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_no_heading_stands_twice(page: str) -> None:
+    found = re.findall(r"^#+ .+$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert [one for one, count in Counter(found).items() if count > 1] == []
 
 
 def test_every_family_is_in_the_docs() -> None:
