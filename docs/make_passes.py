@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +22,14 @@ TARGET = Path(__file__).with_name("passes.md")
 
 
 def _type(annotation: object) -> str:
+    """A type as Python writes it, without the bounds that stand beside it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return "None"
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " \\| ".join(_type(one) for one in arguments)
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     for prefix in ("typing.", "collections.abc.", "coldpress.config.schema."):
         text = text.replace(prefix, "")

@@ -76,6 +76,12 @@ def test_every_key_of_a_workflow_stands_once_in_its_table() -> None:
     assert len(keys) == len(set(keys)) > 10
 
 
+def test_types_of_parameters_are_readable() -> None:
+    text = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    assert "| `batch` | int \\| Literal['auto'] |" in text
+    assert re.findall(r"Annotated|FieldInfo|Union\[", text) == []
+
+
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_no_heading_stands_twice(page: str) -> None:
     found = re.findall(r"^#+ .+$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
