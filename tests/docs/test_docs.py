@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from coldpress import events
+from coldpress.cli.display import PlainLines
 from coldpress.config.json_schema import workflow_json_schema
 from coldpress.registry import PASSES
 
@@ -74,6 +75,13 @@ def test_every_key_of_a_workflow_stands_once_in_its_table() -> None:
     table = (ROOT / "docs" / "config.md").read_text(encoding="utf-8").partition("## Data")[0]
     keys = [key for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
     assert len(keys) == len(set(keys)) > 10
+
+
+def test_the_example_shows_scores_as_the_terminal_does(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainLines(5)(events.ScoreMeasured("input", "accuracy", 0.25, 0.0306, 200, unit="share"))
+    page = (ROOT / "examples" / "phrase-classification" / "README.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).strip() in page
 
 
 def test_types_of_parameters_are_readable() -> None:
