@@ -98,6 +98,8 @@ class ParityMeasured:
     limit: str
     reference: str = "whole"
     """How the reference was computed: layer by layer, or whole."""
+    compared: str = "tokens"
+    """What was compared and counted: tokens of text, or whole texts, which is what a classifier answers."""
 
     @property
     def growth(self) -> str:

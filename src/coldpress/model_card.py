@@ -232,7 +232,7 @@ def _steps(record: RunRecord) -> list[str]:
 
 def _step_cells(step: StepRecord) -> list[str]:
     made = "" if step.model is None else f"{cell(step.model.precision)}, {size(step.model.bytes)}"
-    proof = "" if step.parity is None else f"{parity_text(step.parity)} ({step.parity.tokens:,} tokens)"
+    proof = "" if step.parity is None else f"{parity_text(step.parity)} ({step.parity.tokens:,} {step.parity.compared})"
     return [cell(step.name), cell(step.type), made, duration(step.seconds), size(step.peak_bytes), cell(proof)]
 
 

@@ -105,7 +105,7 @@ def prove(
             held_out=held_out,
         )
         classes = compare_classes(first_classes, second_classes, sequences, emit=context.emit, step=context.step)
-        return {**vars(classes), "reference": "whole"}
+        return {**vars(classes), "reference": "whole", "compared": "texts"}
     with ExitStack() as stack:
         opened = functools.partial(
             open_runner, trust_remote_code=context.trust_remote_code, blocks="always", on_block=on_block

@@ -102,13 +102,16 @@ class ParityRecord(_Part):
     standard_error: float | None
     """Of the logarithm of the perplexities' ratio."""
     tokens: int
-    """Compared on."""
+    """How many were compared."""
     passed: bool
     """Whether it was within the limit."""
     limit: str
     """The limit, in words."""
     reference: str = "whole"
     """How the input was computed: whole, or layer by layer."""
+    compared: str = "tokens"
+    """What was compared: tokens of text, or, of a classifier, texts; the other figures are then of each text, and its
+    class is the token."""
 
 
 class DataRecord(_Part):

@@ -21,6 +21,7 @@ from coldpress.events import (
     EvaluationLoss,
     Event,
     Message,
+    ParityMeasured,
     Progress,
     RunStarted,
     ScoreMeasured,
@@ -203,6 +204,12 @@ def test_a_run_on_a_narrow_terminal(workflow: Callable[..., dict[str, Any]], tmp
     live = [line for line in drawn if "ticks" in line]
     assert any(re.search(r"step0 Fake  \d+/10 ticks", line) for line in live), drawn
     assert all(len(line) <= 44 for line in live)
+
+
+def test_a_proof_says_what_it_compared() -> None:
+    proof = ParityMeasured("merge", 0.0, 1.0, 2.0, 2.0, 0.0, 17, True, "KL 0.001", compared="texts")
+    (line,) = shown(Lines(0), RunStarted("w", ("merge",)), proof)
+    assert "(17 texts; limit KL 0.001)" in line
 
 
 SEARCH: list[Event] = [

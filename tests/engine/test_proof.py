@@ -53,6 +53,12 @@ def test_perplexity_may_not_move_surely_beyond_its_limit(
     assert judge(step(precision), figures(after=after, error=error)).passed is passed
 
 
+def test_the_texts_of_a_classifier_are_not_called_tokens() -> None:
+    event = judge(step("int4"), {**figures(kl=1.0), "compared": "texts"})
+    with pytest.raises(ParityError, match="on 100 texts; the limit"):
+        refuse_if_too_far(step("int4"), event)
+
+
 @pytest.mark.parametrize(("before", "after"), [(math.inf, 10.0), (10.0, math.inf), (math.inf, math.inf)])
 def test_what_is_not_finite_never_passes(before: float, after: float) -> None:
     found = refusal(step("int4"), before=before, after=after, kl=0.0)

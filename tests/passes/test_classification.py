@@ -144,9 +144,9 @@ def test_the_merged_classifier_is_the_one_that_was_trained(
     with TensorSet.open(merged.path) as tensors:
         names = {info.name for info in tensors.infos()}
     assert not [one for one in names if "lm_head" in one or "predictions" in one or "vocab" in one]
-    assert prove(got.artifact, merged, context("proof"), tokens=400)["kl"] < 1e-7, (
-        "logits within EXACT are closer than this"
-    )
+    proof = prove(got.artifact, merged, context("proof"), tokens=400)
+    assert proof["kl"] < 1e-7, "logits within EXACT are closer than this"
+    assert proof["compared"] == "texts"
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -216,6 +216,15 @@ def test_a_failed_run_leaves_a_page_that_says_why(workflow: Callable[..., dict[s
     assert any(attributes.get("role") == "alert" for _, attributes in seen.elements)
 
 
+def test_a_proof_says_what_it_compared(tiny_run: Path) -> None:
+    record = load_runs([tiny_run])[0].record
+    merge = record.steps[1]
+    assert merge.parity is not None
+    proof = merge.parity.model_copy(update={"compared": "texts", "tokens": 17})
+    changed = record.model_copy(update={"steps": (merge.model_copy(update={"parity": proof}),)})
+    assert "17 texts, input computed" in Reader(run_page(Run("classes", tiny_run, changed, {}))).text
+
+
 def test_a_curve_that_is_gone_is_missed_aloud(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_run / "run.json", tmp_path / "run.json")
     page = run_page(load_runs([tmp_path])[0])

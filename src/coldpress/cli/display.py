@@ -215,7 +215,7 @@ def _text(event: Event, width: int) -> str | None:
         return (
             f"{event.step:{width}s}  {sign}  against its input: KL {event.kl:.2e}, top-1 {event.top1_agreement:.1%}, "
             f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
-            f"({event.growth}) ({event.tokens} tokens; limit {event.limit})"
+            f"({event.growth}) ({event.tokens} {event.compared}; limit {event.limit})"
         )
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""

@@ -60,9 +60,9 @@ def refuse_if_too_far(step: Step, event: ParityMeasured) -> None:
     if event.passed:
         return
     raise ParityError(
-        f"the result of {event.step} is too far from its input: mean KL {event.kl:.4g} nats a token, "
+        f"the result of {event.step} is too far from its input: mean KL {event.kl:.4g} nats, "
         f"perplexity {event.perplexity_reference:.4g} -> {event.perplexity:.4g} "
-        f"({event.growth}) on {event.tokens} tokens; the limit is {event.limit}",
+        f"({event.growth}) on {event.tokens} {event.compared}; the limit is {event.limit}",
         hint=_way_out(step, event),
     )
 
