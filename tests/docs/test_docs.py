@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import textwrap
 import typing
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 from coldpress import events
 from coldpress.cli.display import PlainLines
+from coldpress.cli.evaluate import _show
 from coldpress.config.json_schema import workflow_json_schema
 from coldpress.registry import PASSES
+from coldpress.scores import Score
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +85,21 @@ def test_the_example_shows_scores_as_the_terminal_does(capsys: pytest.CaptureFix
     page = (ROOT / "examples" / "phrase-classification" / "README.md").read_text(encoding="utf-8")
     printed = capsys.readouterr()
     assert (printed.out + printed.err).strip() in page
+
+
+def test_the_table_of_a_measurement_is_printed_so(capsys: pytest.CaptureFixture[str]) -> None:
+    _show(
+        [
+            Score("model", "accuracy", "accuracy_score", 0.25, "share", True, 200, 0.0306),
+            Score("output", "accuracy", "accuracy_score", 0.915, "share", True, 200, 0.0197),
+            Score("output", "divergence", "kl", 5.1822, "nats/token", False, 4113, 0.0794),
+            Score("model", "size", "bytes", 14691155, "bytes", False, 6, None),
+            Score("output", "size", "bytes", 5503000, "bytes", False, 8, None),
+        ],
+        ["model", "output"],
+    )
+    printed = textwrap.indent(capsys.readouterr().out, "    ")
+    assert printed in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
 def test_types_of_parameters_are_readable() -> None:
