@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from coldpress import api
 from coldpress.api import load_config
 from coldpress.artifacts.base import Artifact
 from coldpress.cli.data import data
 from coldpress.cli.verbs import finetune
 from coldpress.engine.plan import make_plan
-from coldpress.errors import ColdpressError
+from coldpress.errors import ColdpressError, ConfigError
 from fakes.tiny_models import make_checkpoint
 from oracles.adapters import make_adapter
 
@@ -207,3 +208,52 @@ def test_what_is_typed_is_held_against_the_adapter(tmp_path: Path) -> None:
     assert made["steps"]["lora"]["lora_dropout"] == 0.2
     assert "alpha" not in made["steps"]["lora"]
     assert "r is 64, the adapter's is 4" in made["refused"]
+
+
+def test_columns_are_looked_at_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    """Every wrong one of the data configs that are used, with its place; those that nothing uses are left alone."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"phrase": "hello", "tone": "joy"}\n' * 4)
+
+    def config(name: str, **block: Any) -> dict[str, Any]:
+        load = {"data_name": "json", "data_files": str(rows)}
+        return {"name": name, "load_dataset_config": load, "pre_process_data_config": block}
+
+    workflow = {
+        "input_model": {"type": "HfModel", "model_path": str(model)},
+        "data_configs": [
+            config("train", text_template="{phrse} {tone}", max_seq_len=64),
+            config("test", text_template="{phrase} {tonne|loss}"),
+            config("lines", text_field="phrse"),
+            config("unused", text_field="x"),
+        ],
+        "passes": {"lora": {"type": "LoRA", "train_data_config": "train", "parity": {"data_config": "unused"}}},
+        "evaluators": {
+            "ev": {
+                "metrics": [
+                    {"name": "right", "type": "accuracy", "data_config": "test"},
+                    {"name": "speed", "type": "latency", "data_config": "lines"},
+                ]
+            }
+        },
+        "evaluator": "ev",
+        "cache_dir": str(tmp_path / "cache"),
+        "output_dir": str(tmp_path / "out"),
+    }
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(workflow, indent=1))
+    lines = path.read_text().splitlines()
+    with pytest.raises(ConfigError) as error:
+        api.plan(path)
+    assert [(one.path, lines[(one.line or 0) - 1].strip().split(":")[0]) for one in error.value.problems] == [
+        ("data_configs.train.pre_process_data_config.text_template", '"text_template"'),
+        ("data_configs.test.pre_process_data_config.text_template", '"text_template"'),
+        ("data_configs.lines.pre_process_data_config.text_field", '"text_field"'),
+    ]
+
+
+def test_finetune_says_so_before_it_trains(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"phrase": "hello", "tone": "joy"}\n')
+    with pytest.raises(ConfigError, match="none is named text"):
+        shown(finetune, model, "--data", rows, "-o", tmp_path / "out", "--cache-dir", tmp_path / "cache")

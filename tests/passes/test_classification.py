@@ -17,6 +17,7 @@ from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.artifacts.tensors import TensorSet
 from coldpress.config.schema import DataConfig, LoadDataset, PreProcess
 from coldpress.data.tokenizer import Tokenizer
+from coldpress.engine.plan import make_plan
 from coldpress.errors import CheckpointError, DataError, PlanError
 from coldpress.evaluate.classifier import ClassifierRunner
 from coldpress.parity import prove
@@ -372,7 +373,7 @@ def test_a_whole_workflow(llama: Path, tmp_path: Path, data_configs: dict[str, D
     assert proof.kl < 1e-6
     assert by_transformers(result.output).shape == (2, 3)
     plain = {**config, "input_model": {"type": "HfModel", "model_path": str(llama)}, "output_dir": str(tmp_path / "b")}
-    keys = [coldpress.plan(one).steps[0].key for one in (config, plain)]
+    keys = [make_plan(coldpress.load_config(one)).steps[0].key for one in (config, plain)]
     assert keys[0] != keys[1], "the same files for another task are another model"
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from coldpress.config.schema import PreProcess
-from coldpress.data.sources import Records, Row
+from coldpress.data.readers import Row
+from coldpress.data.sources import Records
 from coldpress.errors import DataError
 from coldpress.registry import nearest
 
@@ -28,6 +29,7 @@ __all__ = [
     "Message",
     "Pair",
     "Reading",
+    "forms",
     "is_blank",
     "messages_of",
     "read_as",
@@ -126,6 +128,12 @@ def read_as(columns: Sequence[str], rows: Sequence[Row], config: PreProcess, *, 
     answers = config.format != "auto" or not config.chat_template
     found = _conversation(columns, rows, config) or _pair(columns, rows, config, has_template)
     return None if found is None else replace(found, answers=answers, note=_note(found, columns))
+
+
+def forms(config: PreProcess) -> list[tuple[str, ...]]:
+    """Columns of each form that may be recognised."""
+    conversations = dict.fromkeys((config.message_col, *_CONVERSATIONS))
+    return [("text",), *((name,) for name in conversations), *((pair.prompt, pair.completion) for pair in _PAIRS)]
 
 
 def _conversation(columns: Sequence[str], rows: Sequence[Row], config: PreProcess) -> Reading | None:

@@ -1,25 +1,23 @@
 """Records of a data config: rows as they lie in files, or in a hub data set.
 
-Local files that are plain text, JSON, CSV or Parquet are read directly (JSON by the standard library, so that a bad
-line is named; CSV and Parquet by pyarrow, which is what `datasets` itself uses): importing `datasets` and copying the
-rows into its cache takes over a second and leaves a copy behind. Hub data sets and compressed files go through it.
+Local files that are plain text, JSON, CSV or Parquet are read directly (`readers`): importing `datasets` and copying
+the rows into its cache takes over a second and leaves a copy behind. Hub data sets and compressed files go through it.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from coldpress.config.schema import AzureMLResource, DataConfig, LoadDataset
+from coldpress.data.readers import READERS, Row, head_of
 from coldpress.errors import DataError, MissingExtraError
 from coldpress.registry import nearest
 
-__all__ = ["BUNDLED_TEXT", "Records", "files_of", "read_records"]
+__all__ = ["BUNDLED_TEXT", "Records", "files_of", "first_records", "read_records"]
 
 BUNDLED_TEXT = "coldpress:parity_text.txt"
 """In data_files, the text that comes with Coldpress, wherever that is installed."""
@@ -30,8 +28,8 @@ FORMATS = {
     "text": "text",
 }  # fmt: skip
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-
-Row = Mapping[str, Any]
+_FIRST_ROWS, _FIRST_FILES = 20, 16
+"""Looked at for a plan; where there are more files, none of them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def read_records(config: DataConfig) -> Records:
     entries: list[tuple[Row, str]] = []
     for name, cut in _parts_of(load.split, tuple(files), config.name):
         if name not in tables:
-            tables[name] = [entry for path in files[name] for entry in _READERS[_format_of(load, path)](path)]
+            tables[name] = [entry for path in files[name] for entry in READERS[_format_of(load, path)](path)]
         entries += tables[name][cut.slice(len(tables[name]))]
     origin = ", ".join(str(path) for name in tables for path in files[name])
     if not entries:
@@ -93,6 +91,34 @@ def read_records(config: DataConfig) -> Records:
         places=[place for _, place in entries],
         origin=origin,
     )
+
+
+def first_records(config: DataConfig, enough: Sequence[Sequence[str]]) -> Records | None:
+    """The first rows of local files, of which it is to be known whether they have one of these sets of columns.
+
+    Columns that a row further down may have count. None where that is not known without reading everything, and of
+    Parquet files that have enough. Raises DataError.
+    """
+    load = config.load_dataset_config
+    files = _files_by_split(load)
+    if not files:
+        return None
+    parts = _parts_of(load.split, tuple(files), config.name)
+    paths = list(dict.fromkeys(path for name, _ in parts for path in files[name]))
+    if any(cut.start for _, cut in parts) or len(paths) > _FIRST_FILES or any(p.suffix in _COMPRESSED for p in paths):
+        return None
+    heads = []
+    for path in paths:
+        head = head_of(path, _format_of(load, path), _FIRST_ROWS, enough)
+        if head is None:
+            return None
+        heads.append(head)
+    columns = tuple(dict.fromkeys(name for head in heads for name in head.columns))
+    if not any(set(names) <= set(columns) for names in enough):
+        wanted = dict.fromkeys(name for names in enough for name in names if name not in columns)
+        columns += tuple(name for name in wanted if any(head.may_have(name) for head in heads))
+    rows = [entry for head in heads for entry in head.rows]
+    return Records([row for row, _ in rows], columns, [place for _, place in rows], ", ".join(map(str, paths)))
 
 
 def _columns(rows: Iterator[Row]) -> tuple[str, ...]:
@@ -218,192 +244,6 @@ def _parts_of(split: str | None, known: Sequence[str], config: str) -> list[tupl
     return parts
 
 
-# -- formats ----------------------------------------------------------------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
-    with path.open("rb") as stream:
-        wide = stream.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    return DataError(
-        f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
-        hint="it is UTF-16: save it as UTF-8" if wide else "save it as UTF-8, for example with iconv",
-    )
-
-
-def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
-    """JSON lines, one JSON array of objects, or one object that holds such an array."""
-    text = _read_text(path)
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] == "[":
-        yield from _array_rows(text, start, path)
-        return
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if len(lines) == 1 or (lines and lines[0][1].strip() == "{"):  # else no file of rows begins with a lone brace
-        yield from _whole_file(text, path)
-        return
-    for number, line in lines:
-        place = f"{path}:{number}"
-        yield _object(_parsed(line, path, number), place), place
-
-
-def _parsed(text: str, path: Path, line: int) -> Any:
-    """The value of a JSON text that begins at a line of a file."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        line += getattr(error, "lineno", 1) - 1
-        said = f"{getattr(error, 'msg', error)}, at column {getattr(error, 'colno', 1)}"
-        hint = "each line must be one JSON object, with double quotes"
-        raise DataError(f"{path}:{line}: not valid JSON: {said}", hint=hint) from error
-    except RecursionError as error:
-        raise DataError(f"{path}:{line}: nested too deeply to be read", hint="is it the right file?") from error
-
-
-def _whole_file(text: str, path: Path) -> Iterator[tuple[Row, str]]:
-    """One JSON object: a single row, or what holds the rows under its one key with a list of objects."""
-    whole = _object(_parsed(text, path, 1), f"{path}:1")
-    lists = {key: value for key, value in whole.items() if isinstance(value, list) and value}
-    rows = {key: value for key, value in lists.items() if all(isinstance(item, dict) for item in value)}
-    if len(lists) == 1 and len(rows) == 1:
-        key, items = next(iter(rows.items()))
-        if not items[0].keys() & {"role", "from"}:  # a conversation is one row
-            for number, item in enumerate(items):
-                yield item, f"{path} {key}[{number}]"
-            return
-    if len(lists) > 1 and lists == whole and not rows:
-        raise DataError(
-            f"{path} holds columns ({', '.join(lists)}), not rows",
-            hint='write one object a row: {"column": value, ...}',
-        )
-    yield whole, f"{path}:1"
-
-
-def _array_rows(text: str, start: int, path: Path) -> Iterator[tuple[Row, str]]:
-    """Elements of a JSON array, each with the line that it starts at."""
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[ \t\r\n]*")
-
-    def skip(place: int) -> int:
-        found = space.match(text, place)
-        return found.end() if found else place
-
-    place, line, counted = skip(start + 1), 1, 0
-    while text[place : place + 1] != "]":
-        line, counted = line + text.count("\n", counted, place), place
-        where = f"{path}:{line}"
-        try:
-            row, place = decoder.raw_decode(text, place)
-        except ValueError as error:
-            at = getattr(error, "lineno", line)
-            raise DataError(f"{path}:{at}: not valid JSON: {error}", hint="the file starts as a JSON array") from error
-        except RecursionError as error:
-            raise DataError(f"{where}: nested too deeply to be read", hint="is it the right file?") from error
-        yield _object(row, where), where
-        place = skip(place)
-        if text[place : place + 1] == ",":
-            place = skip(place + 1)
-        elif text[place : place + 1] != "]":
-            at = line + text.count("\n", counted, place)
-            raise DataError(
-                f"{path}:{at}: not valid JSON: a comma or the end of the array is missing",
-                hint="the file starts as a JSON array; was it cut short?",
-            )
-    if text[skip(place + 1) :]:
-        at = line + text.count("\n", counted, place + 1)
-        raise DataError(f"{path}:{at}: text follows the end of the array", hint="write one array, or one object a line")
-
-
-def _object(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{place}: a row must be a JSON object, got {type(row).__name__}", hint='write {"column": value, ...}'
-        )
-    return row
-
-
-def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
-    """Every field as the text that stands there: a table's guess would make 7 of 007."""
-    from pyarrow import ArrowInvalid, csv, string
-
-    names, delimiter, lines = _csv_header(path)
-    if not names:
-        return
-    try:
-        table = csv.read_csv(
-            path,
-            read_options=csv.ReadOptions(use_threads=False),  # so that an error names its row
-            parse_options=csv.ParseOptions(newlines_in_values=True, delimiter=delimiter),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, string())),
-        )
-    except ArrowInvalid as error:
-        raise DataError(
-            f"{path} is not valid CSV: {error}",
-            hint="every row needs as many fields as the header; quote fields that hold commas or line breaks",
-        ) from error
-    rows = table.to_pylist()
-    one_each = lines == len(rows) + 1
-    for number, row in enumerate(rows):
-        yield row, f"{path}:{number + 2}" if one_each else f"{path} row {number + 1}"
-
-
-def _csv_header(path: Path) -> tuple[list[str], str, int]:
-    """Column names, the character between fields, and the number of lines."""
-    import csv
-    import io
-
-    text = _read_text(path)
-    first = text.split("\n", 1)[0]
-    delimiter = next((sign for sign in ",;\t" if sign in first), ",")
-    if path.suffix == ".tsv":
-        delimiter = "\t"
-    try:
-        names = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
-    except csv.Error as error:
-        raise DataError(f"{path}:1: not a header of columns: {error}", hint="is it a CSV file?") from error
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(
-            f"{path} has several columns called {', '.join(map(repr, twice))}", hint="give each column its own name"
-        )
-    return names, delimiter, sum(1 for line in text.split("\n") if line.strip())
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[Row, str]]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table = parquet.read_table(path)
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path} is not a valid Parquet file: {error}", hint="is the download complete, and data_name right?"
-        ) from error
-    yield from _table_rows(table, path)
-
-
-def _table_rows(table: Any, path: Path) -> Iterator[tuple[Row, str]]:
-    for number, row in enumerate(table.to_pylist()):
-        yield row, f"{path} row {number}"
-
-
-def _read_lines(path: Path) -> Iterator[tuple[Row, str]]:
-    """One row a line, column `text`; blank lines are no rows."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield {"text": line.rstrip("\r")}, f"{path}:{number}"
-
-
-_READERS = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "text": _read_lines}
-
-
 # -- the datasets library ---------------------------------------------------------------------------------------------
 
 
@@ -424,7 +264,7 @@ def _through_datasets(load: LoadDataset, files: Mapping[str, Sequence[Path]]) ->
     with tempfile.TemporaryDirectory(prefix="coldpress-data-") as scratch:
         try:
             found = datasets.load_dataset(
-                builder if builder in _READERS or not files else "json",
+                builder if builder in READERS or not files else "json",
                 name=load.subset,
                 data_dir=load.data_dir,
                 data_files=local or load.data_files,

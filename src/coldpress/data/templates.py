@@ -21,7 +21,8 @@ from typing import Any, Literal
 from coldpress.config.schema import PreProcess
 from coldpress.data.conversations import conversation, without_tail
 from coldpress.data.formats import Pair, Reading, is_blank, messages_of, read_as, text_of, tools_of, unknown
-from coldpress.data.sources import Records, Row
+from coldpress.data.readers import Row
+from coldpress.data.sources import Records
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
 
@@ -29,6 +30,8 @@ __all__ = [
     "Encoded",
     "Rendered",
     "answers_only",
+    "check_chat_template",
+    "check_label_in_text",
     "columns_of",
     "encode",
     "last_stop",
@@ -131,13 +134,19 @@ def read_format(records: Records, config: PreProcess, tokenizer: Tokenizer | Non
     records.require(*columns_of(config, reading))
     if config.label_col is not None:
         records.require((config.label_col,), "label_col")
-    if reading.chat and not has_template and not isinstance(config.chat_template, str):
-        what = reading.column or (reading.pair.prompt if reading.pair else "")
-        raise DataError(
-            f"{records.origin} holds conversations (column {what}), and the model's tokenizer has no chat template",
-            hint="give the Jinja template itself as chat_template, or use text_template",
-        )
+    check_chat_template(records, config, reading, has_template=has_template)
     return reading
+
+
+def check_chat_template(records: Records, config: PreProcess, reading: Reading, *, has_template: bool) -> None:
+    """Raise DataError for conversations that no template makes a text of."""
+    if not reading.chat or has_template or isinstance(config.chat_template, str):
+        return
+    what = reading.column or (reading.pair.prompt if reading.pair else "")
+    raise DataError(
+        f"{records.origin} holds conversations (column {what}), and the model's tokenizer has no chat template",
+        hint="give the Jinja template itself as chat_template, or use text_template",
+    )
 
 
 def answers_only(config: PreProcess, reading: Reading) -> bool:
@@ -159,8 +168,7 @@ def render_all(
             "completion_only_loss needs to know the answer",
             hint='add "label_col": the answer\'s column, or mark it in text_template: {answer|loss}',
         )
-    if reading.format == "text" and config.label_col not in (None, *columns_of(config, reading)[0]):
-        raise _label_outside(config.label_col)
+    check_label_in_text(config, reading)
     rendered = []
     problems: list[tuple[str, DataError]] = []
     for row, place in zip(records.rows, records.places, strict=True):
@@ -171,6 +179,12 @@ def render_all(
     if problems:
         raise _refused(problems, len(records))
     return rendered
+
+
+def check_label_in_text(config: PreProcess, reading: Reading) -> None:
+    """Raise DataError for an answer whose column the text lacks."""
+    if reading.format == "text" and config.label_col not in (None, *columns_of(config, reading)[0]):
+        raise _label_outside(config.label_col)
 
 
 def _label_outside(label: str | None) -> DataError:

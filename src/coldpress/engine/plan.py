@@ -19,6 +19,7 @@ from coldpress.config.load import LoadedConfig
 from coldpress.config.schema import Accelerator, AzureMLResource, AzureMLSystem, DataConfig, Evaluator, ParityLimits
 from coldpress.data.sources import files_of
 from coldpress.digest import digest_files, digest_value
+from coldpress.engine.data_uses import check_columns
 from coldpress.engine.evaluators import resolve_evaluators
 from coldpress.engine.fits import fits
 from coldpress.engine.machines import together, training_hosts
@@ -168,6 +169,7 @@ class _Planner:
             trust_remote_code=trust,
             notes=(),
         )
+        check_columns(plan, self.refuse)
         self.notes += fits(plan, self.hardware, self.refuse)
         self.blockers.extend(self.loaded.placeholders)
         return Plan(
