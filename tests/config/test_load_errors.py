@@ -279,6 +279,7 @@ def test_a_whole_mapping_in_the_wrong_place_is_one_problem(today: Any, problems_
         ("text_template", "{phrase", "text_template", "not a template"),
         ("text_template", "no column", "text_template", "names no column"),
         ("text_template", "{} x", "text_template", "{} names no column"),
+        ("text_template", "{a}{b|loss}", "text_template", "under join all of the text carries loss"),
         ("completion_only_loss", True, "completion_only_loss", "needs whole records in a sequence"),
     ],
 )
@@ -332,6 +333,17 @@ def test_packs_and_formats_that_go_together(today: Any, load: Any, block: dict[s
     today["data_configs"][0]["pre_process_data_config"] = {"strategy": "pack", **block}
     read = load(today).workflow.data_configs[0].pre_process_data_config
     assert (read.strategy, read.format) == ("pack", block.get("format") or "auto")
+
+
+def test_a_marked_answer_under_join_is_for_metrics_alone(today: Any, load: Any) -> None:
+    """They take the answer's place from it, whatever the strategy."""
+    block = {
+        **today["data_configs"][0],
+        "name": "measured",
+        "pre_process_data_config": {"text_template": "{a}{b|loss}"},
+    }
+    today["data_configs"].append(block)
+    assert load(today).workflow.data_configs[-1].pre_process_data_config.strategy == "join"
 
 
 def test_padding_without_a_mask(today: Any, problems_of: Problems) -> None:

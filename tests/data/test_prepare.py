@@ -88,6 +88,22 @@ def test_preview(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [text for text, _, loss in shown.samples[0].tokens if loss] == ["j", "o", "y", "</s>"]
 
 
+def test_a_marked_answer_under_join_is_said_to_have_no_effect(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "abc", "a": "d"}\n' * 9)
+
+    def said(**pre: Any) -> bool:
+        config = DataConfig(
+            name="a",
+            load_dataset_config=LoadDataset(data_name="json", data_files=str(path)),
+            pre_process_data_config=PreProcess(text_template="{q}{a|loss}", max_seq_len=8, **pre),
+        )
+        return any("under join all of the text carries loss" in note for note in prepare(config, tokenizer).notes)
+
+    assert said()
+    assert not said(strategy="line-by-line")
+
+
 def test_a_small_held_out_part_under_join_is_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepared = prepare(config(tmp_path / "d.jsonl", max_seq_len=128), tokenizer, held_out=2)
     assert prepared.held_out is not None

@@ -6,6 +6,7 @@ import re
 import string
 
 from coldpress.config.metric_meaning import check_metrics
+from coldpress.config.pass_tree import pass_nodes
 from coldpress.config.schema import PreProcess
 from coldpress.config.tree import Node, problem_at
 from coldpress.errors import Problem
@@ -20,12 +21,15 @@ def check_meaning(root: Node) -> list[Problem]:
     """Contradictions between keys, and names that cannot be. Values of a wrong type are left to the check of types."""
     problems: list[Problem] = []
     data = root.get("data_configs")
+    trained_on = {node.text(key) for _, node in pass_nodes(root) for key in ("train_data_config", "eval_data_config")}
     for config in (data.items if data is not None else None) or []:
         block = config.get("pre_process_data_config")
         if block is not None and block.mapping is not None:
             problems += _strategy(block)
             problems += _text(block)
             problems += _padding(block)
+            if config.text("name") in trained_on:
+                problems += _marks_in_vain(block)
     return problems + _step_names(root) + check_metrics(root)
 
 
@@ -94,6 +98,17 @@ def _text(block: Node) -> list[Problem]:
         message = "does not go with pack: nearly every pack is a little shorter than max_seq_len"
         problems.append(problem_at(_place(block, "drop_short_sequences"), message))
     return problems + _format(block)
+
+
+def _marks_in_vain(block: Node) -> list[Problem]:
+    """Answers that are marked and not found again: a stream of records is cut anywhere."""
+    strategy = str(_value(block, "strategy"))
+    template = _value(block, "text_template")
+    if not _marks(template) or not strategy.startswith("join") or _value(block, "completion_only_loss") is not None:
+        return []
+    message = f"text_template marks an answer (|loss), and under {strategy} all of the text carries loss"
+    hint = "set strategy to line-by-line or pack, or take |loss out of text_template"
+    return [problem_at(_place(block, "text_template"), message, hint=hint)]
 
 
 _TEXT_KEYS = ("text_template", "text_field", "text_cols", "chat_template")

@@ -24,6 +24,7 @@ from coldpress.data.templates import (
     columns_of,
     encode,
     last_stop,
+    marked_columns,
     prompt_of,
     read_format,
     render_all,
@@ -241,11 +242,17 @@ def _joiner(pre: PreProcess, tokenizer: Tokenizer) -> list[int]:
 
 
 def _text_notes(texts: Texts) -> list[str]:
-    """Blank columns of a template, and messages that nothing is learned from."""
+    """Blank columns of a template, marks that have no effect, and messages that nothing is learned from."""
     notes = []
+    pre = texts.config.pre_process_data_config
+    if marked_columns(pre) and pre.strategy.startswith("join") and texts.targets is None:
+        notes.append(
+            f"text_template marks an answer (|loss), and under {pre.strategy} all of the text carries loss: "
+            "set strategy to line-by-line or pack"
+        )
     total = len(texts.records)
     if texts.reading.format == "text":
-        for column in columns_of(texts.config.pre_process_data_config)[0]:
+        for column in columns_of(pre)[0]:
             blank = sum(is_blank(row.get(column)) for row in texts.records.rows)
             if blank:
                 notes.append(f"the column {column!r} is blank in {blank} of {total} rows")
