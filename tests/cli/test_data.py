@@ -73,6 +73,26 @@ def test_classes(model: Path, tmp_path: Path) -> None:
     assert "sample 1: 4 tokens; class 1" in done.output
 
 
+def test_the_task_of_a_workflow_says_that_there_are_classes(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\nab,1\nabc,0\n")
+    path = tmp_path / "workflow.json"
+    path.write_text(
+        json.dumps(
+            {
+                "input_model": {"type": "HfModel", "model_path": str(model), "task": "text-classification"},
+                "data_configs": [
+                    {
+                        "name": "train",
+                        "load_dataset_config": {"data_name": "csv", "data_files": "rows.csv"},
+                        "pre_process_data_config": {"text_field": "text", "label_col": "label"},
+                    }
+                ],
+            }
+        )
+    )
+    assert "  classes: 0 (1), 1 (1)" in shown(data, path).output.splitlines()
+
+
 def test_a_workflow(model: Path, chats: Path, tmp_path: Path) -> None:
     block = {"strategy": "line-by-line", "max_seq_len": 128}
     workflow = {
@@ -106,12 +126,14 @@ def test_a_workflow(model: Path, chats: Path, tmp_path: Path) -> None:
         (("w.json", "--model", "m", "--data", "x.jsonl"), "stands in place of a config file"),
         (("w.json", "--template", "{a}"), "text_template has a meaning only together with --data"),
         (("--model", "m", "--data", "x.jsonl", "--chat", "--text-field", "a"), "exclude each other"),
-        ((), "no config file is given"),
+        (("--model", "m"), "model has a meaning only together with --data\n  hint: give --data too"),
+        ((), "no config file is given\n  hint: coldpress data olive-config.json"),
     ],
 )
 def test_wrong_use(arguments: tuple[str, ...], what: str) -> None:
-    with pytest.raises(ColdpressError, match=what) as error:
+    with pytest.raises(ColdpressError) as error:
         shown(data, *arguments)
+    assert what in str(error.value)
     assert error.value.exit_code == 2
 
 

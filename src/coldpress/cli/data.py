@@ -33,7 +33,11 @@ _WIDTH = 40
 @click.option("--data", "-d", "file", help="File of records (json, jsonl, csv, parquet, txt), with --model.")
 @click.option("--split", help="Split of --data.")
 @text_options
-@click.option("--classes", is_flag=True, help="As for sequence classification: --answer or label_col is the class.")
+@click.option(
+    "--classes",
+    is_flag=True,
+    help="As for sequence classification, which a workflow's task says itself: --answer or label_col is the class.",
+)
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="Sequences to show.")
 @click.option("--ids/--no-ids", default=False, help="List the tokens of each sample with their ids.")
 def data(arguments: Sequence[str], config: str | None, names: Sequence[str], samples: int, **options: Any) -> None:
@@ -41,6 +45,7 @@ def data(arguments: Sequence[str], config: str | None, names: Sequence[str], sam
 
     Either of a workflow (coldpress data FILE), or of a data file (coldpress data --model FOLDER --data FILE).
     """
+    from coldpress.artifacts.classifiers import CLASSIFICATION
     from coldpress.data.preview import preview
     from coldpress.data.tokenizer import Tokenizer
 
@@ -51,16 +56,20 @@ def data(arguments: Sequence[str], config: str | None, names: Sequence[str], sam
     else:
         given = [name for name in ("model", "split", *text_settings(options)) if options.get(name)]
         if given:
+            said = f"{', '.join(given)} has a meaning only together with --data"
+            if not arguments and not config:
+                raise UsageError(said, hint="give --data too")
             raise UsageError(
-                f"{', '.join(given)} has a meaning only together with --data: the config file says it otherwise",
+                f"{said}: the config file says it otherwise",
                 hint="coldpress data FILE data_configs.0.pre_process_data_config.max_seq_len=512 overrides a file",
             )
         document = None
     known, artifact = _configs(arguments, config, names, document)
     tokenizer = Tokenizer.load(artifact.tokenizer_path)
-    context = artifact.describe().context_length
+    model = artifact.describe()
+    classes = options["classes"] or (document is None and model.task == CLASSIFICATION)
     for one in known:
-        seen = preview(one, tokenizer, context_length=context, samples=samples, classes=options["classes"])
+        seen = preview(one, tokenizer, context_length=model.context_length, samples=samples, classes=classes)
         _show(one.name, seen, options["ids"])
 
 

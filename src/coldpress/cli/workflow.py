@@ -36,7 +36,8 @@ def _source(config: str | None, arguments: Sequence[str]) -> tuple[Path, list[st
         files = [config, *files]
     if len(files) != 1:
         said = "no config file is given" if not files else f"one config file is expected, got {', '.join(files)}"
-        raise UsageError(said, hint="coldpress run olive-config.json, and overrides as key.path=value")
+        verb = click.get_current_context().info_name
+        raise UsageError(said, hint=f"coldpress {verb} olive-config.json, and overrides as key.path=value")
     return Path(files[0]), overrides
 
 
