@@ -165,7 +165,7 @@ def saved(tmp_path: Path, *options: str) -> dict[str, Any]:
     ],
 )
 def test_finetune_writes_the_data_config(tmp_path: Path, options: tuple[str, ...], block: dict[str, Any]) -> None:
-    defaults = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False}
+    defaults = {"strategy": "line-by-line", "pad_to_max_len": False}
     assert saved(tmp_path, *options) == {**defaults, **block}
 
 
@@ -230,6 +230,19 @@ def test_what_is_typed_is_held_against_the_adapter(tmp_path: Path) -> None:
     assert made["steps"]["lora"]["lora_dropout"] == 0.2
     assert "alpha" not in made["steps"]["lora"]
     assert "r is 64, the adapter's is 4" in made["refused"]
+
+
+def test_steps_end_a_training_whatever_the_default_of_epochs(tmp_path: Path) -> None:
+    def epochs(*options: str) -> float | None:
+        path = tmp_path / "workflow.json"
+        path.unlink(missing_ok=True)
+        shown(finetune, tmp_path / "model", "--data", tmp_path / "x.jsonl", *options, "--save-config", path)
+        found: float | None = json.loads(path.read_text())["passes"]["lora"]["training_args"].get("num_train_epochs")
+        return found
+
+    assert epochs() == 3.0
+    assert epochs("--max-steps", "3") is None
+    assert epochs("--max-steps", "3", "--epochs", "2") == 2.0
 
 
 def test_columns_are_looked_at_before_anything_runs(model: Path, tmp_path: Path) -> None:

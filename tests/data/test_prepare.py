@@ -11,7 +11,7 @@ import pytest
 
 from coldpress.config.schema import DataConfig, LoadDataset, PreProcess
 from coldpress.data.packing import IGNORED
-from coldpress.data.prepare import prepare
+from coldpress.data.prepare import clamp, prepare
 from coldpress.data.preview import preview
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.errors import DataError
@@ -86,6 +86,13 @@ def test_preview(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert shown.lengths.longest == shown.lengths.shortest + 1 == len(shown.samples[1].tokens)
     assert shown.samples[0].text == "<s>say: p000\ntone: joy</s>"
     assert [text for text, _, loss in shown.samples[0].tokens if loss] == ["j", "o", "y", "</s>"]
+
+
+def test_the_default_length_is_clamped_without_a_word() -> None:
+    assert clamp(PreProcess(), 128) == (128, ())
+    assert clamp(PreProcess(max_seq_len=100), 128) == (100, ())
+    length, (said,) = clamp(PreProcess(max_seq_len=1024), 128)
+    assert (length, "beyond the model's context of 128" in said) == (128, True)
 
 
 def test_a_marked_answer_under_join_is_said_to_have_no_effect(tmp_path: Path, tokenizer: Tokenizer) -> None:

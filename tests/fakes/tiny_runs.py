@@ -21,7 +21,6 @@ def tiny_document(**more: Any) -> dict[str, Any]:
         "label_col": "tone",
         "completion_only_loss": True,
         "strategy": "line-by-line",
-        "max_seq_len": 64,
         "pad_to_max_len": False,
     }
     data = {"data_name": "json", "data_files": "train.jsonl"}

@@ -56,6 +56,12 @@ def tiny_adapter(tiny_run: Path) -> Path:
     return result.output
 
 
+def test_no_warning_of_a_length_that_nobody_asked_for(tiny_run: Path) -> None:
+    """The default of max_seq_len is longer than the context of the tiny model."""
+    record, _ = read_run(tiny_run)
+    assert not [said for said in record.warnings if "max_seq_len" in said]
+
+
 def test_the_card_of_an_adapter_beside_its_weights(tiny_run: Path) -> None:
     record, _ = read_run(tiny_run)
     folder = Path(record.steps[0].path) / "adapter"

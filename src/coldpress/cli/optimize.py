@@ -147,7 +147,7 @@ def _data(o: Mapping[str, Any]) -> dict[str, Any]:
         if o["label_col"] or o["text_template"]:
             raise UsageError("--answer and --template say how records of --data are read, and there is no --data")
         return data_config("data", BUNDLED_TEXT, None, {"max_seq_len": 512})
-    text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
+    text = {"strategy": "line-by-line", "pad_to_max_len": False, **text_settings(o)}
     if Path(o["data"]).suffix.lower() == ".txt" and o["strategy"] is None:
         text = {**text, "strategy": "join", "joiner": "\n"}
     return data_config("data", o["data"], o["split"], text)

@@ -49,7 +49,8 @@ def _share_or_count(text: str) -> float | int:
 @click.option("--dropout", type=click.FloatRange(0, 1), default=0.05, show_default=True,
               help="Share of the adapter's inputs left out in training.")  # fmt: skip
 @click.option("--target-modules", default="all-linear", show_default=True, help="Linear layers to adapt, with commas.")
-@click.option("--epochs", type=float, default=3.0, show_default=True, help="Times that the data is gone through.")
+@click.option("--epochs", type=float,
+              help="Times that the data is gone through; default: 3, or as --max-steps says.")  # fmt: skip
 @click.option("--max-steps", type=int, help="Stop after so many steps, whatever --epochs says.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Records of a batch.")
 @click.option("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True,
@@ -83,7 +84,7 @@ def finetune(model: str, data: str, **options: Any) -> int:
 def _finetune_workflow(model: str, data: str, o: dict[str, Any], given: set[str]) -> dict[str, Any]:
     provider = "CPUExecutionProvider" if o["device"] == "cpu" else "CUDAExecutionProvider"
     document = skeleton(model, o["output_dir"], o["cache_dir"], o["trust_remote_code"], o["device"], provider)
-    text = {"strategy": "line-by-line", "max_seq_len": 1024, "pad_to_max_len": False, **text_settings(o)}
+    text = {"strategy": "line-by-line", "pad_to_max_len": False, **text_settings(o)}
     document["data_configs"] = [data_config("train_data", data, o["split"], text)]
     held_out = _share_or_count(o["eval_size"])
     begun = _method_of(model)
@@ -146,8 +147,9 @@ def _adapter_settings(o: Mapping[str, Any], only: Container[str] | None, known: 
 
 
 def _training_arguments(o: Mapping[str, Any], *, full: bool) -> dict[str, Any]:
+    epochs = 3.0 if o["epochs"] is None and o["max_steps"] is None else o["epochs"]
     arguments: dict[str, Any] = {
-        "num_train_epochs": o["epochs"],
+        **({} if epochs is None else {"num_train_epochs": epochs}),
         "per_device_train_batch_size": o["batch_size"],
         "gradient_accumulation_steps": o["gradient_accumulation"],
         "learning_rate": (2e-5 if full else 2e-4) if o["learning_rate"] is None else o["learning_rate"],

@@ -243,7 +243,7 @@ class PreProcess(Frozen):
     """One stream cut into full sequences (join), one record a sequence (line-by-line), or as many whole records as fit,
     which do not see each other (pack)."""
     max_seq_len: int = Field(default=1024, ge=1)
-    """Tokens in a sequence; clamped to the model's context with a warning."""
+    """Tokens in a sequence; at most the model's context, with a warning where more is asked for."""
     max_samples: int | None = Field(default=None, ge=1)
     """Sequences to keep; null is all."""
     stride: int | None = Field(default=None, ge=1)

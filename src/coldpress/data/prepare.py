@@ -73,10 +73,12 @@ class Texts:
 
 
 def clamp(config: PreProcess, context_length: int | None) -> tuple[int, tuple[str, ...]]:
-    """The sequence length that is used, and the warning when it is not the one asked for."""
+    """The sequence length that is used, and the warning when it is not the one asked for; the default asks nothing."""
     asked = config.max_seq_len
     if context_length is None or asked <= context_length:
         return asked, ()
+    if "max_seq_len" not in config.model_fields_set:
+        return context_length, ()
     return context_length, (
         f"max_seq_len {asked} is beyond the model's context of {context_length}, which is used instead",
     )

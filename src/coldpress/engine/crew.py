@@ -129,7 +129,9 @@ def _job(plan: Plan, kind: Any, step: str, model: Artifact, parameters: Mapping[
         step=step,
         model=artifact_to_dict(model),
         accelerator=plan.accelerator.model_dump(mode="json"),
-        data_configs={name: config.model_dump(mode="json") for name, config in plan.data_configs.items()},
+        data_configs={
+            name: config.model_dump(mode="json", exclude_unset=True) for name, config in plan.data_configs.items()
+        },
         trust_remote_code=plan.trust_remote_code,
         parameters=parameters,
     )
