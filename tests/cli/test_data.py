@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,12 @@ def test_a_workflow(model: Path, chats: Path, tmp_path: Path) -> None:
     [
         (("--data", "x.jsonl"), "--data needs --model"),
         (("w.json", "--model", "m", "--data", "x.jsonl"), "stands in place of a config file"),
-        (("w.json", "--template", "{a}"), "text_template has a meaning only together with --data"),
-        (("--model", "m", "--data", "x.jsonl", "--chat", "--text-field", "a"), "exclude each other"),
-        (("--model", "m"), "model has a meaning only together with --data\n  hint: give --data too"),
+        (("w.json", "--template", "{a}"), "--template has a meaning only together with --data: the config file"),
+        (
+            ("--model", "m", "--data", "x.jsonl", "--chat", "--text-field", "a"),
+            "--text-field, --chat exclude each other",
+        ),
+        (("--model", "m"), "--model has a meaning only together with --data\n  hint: give --data too"),
         ((), "no config file is given\n  hint: coldpress data olive-config.json"),
     ],
 )
@@ -230,6 +234,43 @@ def test_what_is_typed_is_held_against_the_adapter(tmp_path: Path) -> None:
     assert made["steps"]["lora"]["lora_dropout"] == 0.2
     assert "alpha" not in made["steps"]["lora"]
     assert "r is 64, the adapter's is 4" in made["refused"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ((), ("--data: ", "say what the text is: --template or --text-field")),
+        (("--text-field", "tonne"), ("--text-field: ", "which --text-field uses", "(correct the name)")),
+        (("--template", "{phrase}{tone}", "--answer", "toe"), ("--answer: ", "which --answer uses")),
+        (("--text-field", "phrase", "--loss", "answers"), ("--loss: --loss needs --answer", "in --template: {answer")),
+        (("--template", "{tone|loss}", "--strategy", "join"), ("--template: ", "set --strategy to line-by-line")),
+        (("--text-field", "phrase", "--eval-data", "other.csv"), ("--eval-data: ", "start in the working folder")),
+    ],
+)
+def test_errors_name_the_options_that_were_given(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], what: tuple[str, ...]
+) -> None:
+    """There is no config file whose keys they could name."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"phrase": "hello", "tone": "joy"}\n' * 4)
+    with pytest.raises(ConfigError) as error:
+        shown(finetune, model, "--data", "a.jsonl", *options)
+    said = str(error.value)
+    assert all(one in said for one in what), said
+    assert not any(key in said for key in ("text_", "label_col", "config file", "strategy:")), said
+
+
+def test_data_names_options_too(model: Path, chats: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
+    with pytest.raises(ColdpressError, match="no chat template") as error:
+        shown(data, "--model", bare, "--data", chats)
+    assert error.value.hint == "put the template into the model's folder, as chat_template.jinja"
+    with pytest.raises(ColdpressError, match="'id' is not part of the text") as error:
+        shown(data, "--model", model, "--data", chats, "--text-field", "conversations", "--answer", "id")
+    assert error.value.hint == "put {id} into --template, at its end"
 
 
 def test_steps_end_a_training_whatever_the_default_of_epochs(tmp_path: Path) -> None:

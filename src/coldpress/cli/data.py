@@ -6,12 +6,14 @@ pack.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from coldpress.cli.data_options import data_config, text_options, text_settings
+from coldpress.cli.documents import in_options, options_by_name
 from coldpress.cli.workflow import load
 from coldpress.errors import PlanError, UsageError
 from coldpress.registry import nearest
@@ -23,6 +25,11 @@ __all__ = ["data"]
 
 _WIDTH = 40
 """Of the longest bar of a histogram."""
+_OF_A_FILE = (
+    "model", "split", "text_template", "text_field", "chat_template", "form", "label_col", "loss", "assistant_turns",
+    "strategy", "max_seq_len",
+)  # fmt: skip
+"""Options that say what a config file says."""
 
 
 @click.command()
@@ -54,7 +61,7 @@ def data(arguments: Sequence[str], config: str | None, names: Sequence[str], sam
             raise UsageError("--data stands in place of a config file", hint="give one of them")
         document = _document(options)
     else:
-        given = [name for name in ("model", "split", *text_settings(options)) if options.get(name)]
+        given = [option for name, option in options_by_name().items() if name in _OF_A_FILE and options.get(name)]
         if given:
             said = f"{', '.join(given)} has a meaning only together with --data"
             if not arguments and not config:
@@ -64,13 +71,14 @@ def data(arguments: Sequence[str], config: str | None, names: Sequence[str], sam
                 hint="coldpress data FILE data_configs.0.pre_process_data_config.max_seq_len=512 overrides a file",
             )
         document = None
-    known, artifact = _configs(arguments, config, names, document)
-    tokenizer = Tokenizer.load(artifact.tokenizer_path)
-    model = artifact.describe()
-    classes = options["classes"] or (document is None and model.task == CLASSIFICATION)
-    for one in known:
-        seen = preview(one, tokenizer, context_length=model.context_length, samples=samples, classes=classes)
-        _show(one.name, seen, options["ids"])
+    with contextlib.nullcontext() if document is None else in_options():
+        known, artifact = _configs(arguments, config, names, document)
+        tokenizer = Tokenizer.load(artifact.tokenizer_path)
+        model = artifact.describe()
+        classes = options["classes"] or (document is None and model.task == CLASSIFICATION)
+        for one in known:
+            seen = preview(one, tokenizer, context_length=model.context_length, samples=samples, classes=classes)
+            _show(one.name, seen, options["ids"])
 
 
 def _document(options: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def text_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         "strategy": options["strategy"],
         "max_seq_len": options["max_seq_len"],
     }
-    said = [name for name in ("text_template", "text_field", "chat_template") if settings[name]]
+    texts = {"text_template": "--template", "text_field": "--text-field", "chat_template": "--chat"}
+    said = [option for key, option in texts.items() if settings[key]]
     if len(said) > 1:
         raise UsageError(
             f"say what the text of a record is once: {', '.join(said)} exclude each other",
