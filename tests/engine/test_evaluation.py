@@ -240,6 +240,9 @@ def test_a_plan_refuses_what_cannot_be_measured(project: Path) -> None:
     ((path, message),) = refusals(SIZE, lost)
     assert path == "evaluators.ev.metrics.1"
     assert "has no function 'filse'" in message
+    evaluator = {"type": "LMEvaluator", "metrics": [SIZE], "tasks": ["lost.yaml", "size_on_disk"]}
+    told = refusals(evaluators={"ev": evaluator})
+    assert told == [("evaluators.ev.tasks", "lm_eval: there is no task file lost.yaml")]
     make_encoder(project / "encoder")
     encoder = {"input_model": {"type": "HfModel", "model_path": "encoder"}}
     speed, kl = metric("generation"), metric("divergence", {"name": "kl"})

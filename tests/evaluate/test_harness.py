@@ -13,6 +13,7 @@ from coldpress.config.metrics import LmEvalMetric
 from coldpress.errors import DataError, PlanError
 from coldpress.evaluate.bench import Bench, OpenRunners
 from coldpress.evaluate.harness import measure
+from coldpress.evaluate.measure import refusal
 from fakes.models_built import build_fp32
 
 pytest.importorskip("lm_eval")
@@ -157,8 +158,11 @@ def test_records_and_context_can_be_fewer(tasks: Path, tiny_phi3: Path) -> None:
 
 def test_bad_tasks(tasks: Path, tiny_phi3: Path) -> None:
     bench = bench_of(Artifact.load(tiny_phi3))
-    with pytest.raises(PlanError, match=r"there is no task file .*nowhere\.yaml"):
-        numbers(tasks, bench, "nowhere")
+    for lost in ({"tasks": ("nowhere.yaml",)}, {"tasks": ("tones",), "include_path": str(tasks / "nowhere")}):
+        message, hint = refusal(LmEvalMetric.model_validate({"name": "x", "type": "lm_eval", **lost}), None) or ("", "")
+        assert "x: there is no " in message
+        assert "nowhere" in message
+        assert "relative paths" in str(hint)
     with pytest.raises(PlanError, match="samples its answers"):
         numbers(tasks, bench, "sampled")
     (tasks / "lost.yaml").write_text(CHOICE.format(data=tasks / "lost.jsonl"))

@@ -7,7 +7,7 @@ latency, throughput, size_on_disk and custom; perplexity, divergence, generation
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, model_validator
@@ -350,6 +350,11 @@ class LmEvalMetric(Frozen):
     seed: int = Field(default=1234, ge=0)
     """Of the choice of examples."""
 
+    @property
+    def task_files(self) -> tuple[str, ...]:
+        """Those of the tasks that are paths of files."""
+        return tuple(name for name in self.tasks if name.endswith((".yaml", ".yml")))
+
 
 @dataclass(frozen=True)
 class TorchMetric:
@@ -361,6 +366,8 @@ class TorchMetric:
     """Whether it reads the scores of all labels."""
     higher_is_better: bool = True
     unit: str = "share"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Those that the library has no default for; metric_config may say otherwise."""
 
 
 OF_TEXT = ("perplexity", "bits_per_byte", "loss")
@@ -372,7 +379,7 @@ TORCH_METRICS: Mapping[str, TorchMetric] = {
     "average_precision": TorchMetric("AveragePrecision", of_scores=True),
     "calibration_error": TorchMetric("CalibrationError", of_scores=True, higher_is_better=False),
     "cohen_kappa": TorchMetric("CohenKappa", unit=""),
-    "fbeta_score": TorchMetric("FBetaScore"),
+    "fbeta_score": TorchMetric("FBetaScore", arguments={"beta": 1.0}),
     "hamming_distance": TorchMetric("HammingDistance", higher_is_better=False),
     "jaccard_index": TorchMetric("JaccardIndex"),
     "matthews_corrcoef": TorchMetric("MatthewsCorrCoef", unit=""),

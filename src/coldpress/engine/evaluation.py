@@ -198,10 +198,8 @@ class Evaluation:
 
     def _key(self, metric: Metric, models: list[_Model]) -> str | None:
         """Of a score in the store; None where it depends on what nobody knows."""
-        if isinstance(metric, LmEvalMetric):
-            files = any(name.endswith((".yaml", ".yml")) for name in metric.tasks)
-            if files or metric.include_path is not None:
-                return None
+        if isinstance(metric, LmEvalMetric) and (metric.task_files or metric.include_path is not None):
+            return None
         machine = (self._plan.hardware.processor, self._plan.hardware.threads) if in_turn(metric) else None
         return digest_value(
             {

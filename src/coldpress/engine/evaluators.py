@@ -34,5 +34,6 @@ def resolve_evaluators(
         for number, metric in enumerate(metrics):
             told = next((text for config in configs if (text := refusal(metric, config)) is not None), None)
             if told is not None:
-                refused.append((told[0], f"evaluators.{name}.metrics.{number}", told[1]))
+                place = f"metrics.{number}" if number < len(evaluator.metrics or ()) else "tasks"
+                refused.append((told[0], f"evaluators.{name}.{place}", told[1]))
     return found, refused

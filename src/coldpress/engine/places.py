@@ -130,7 +130,7 @@ class Places:
             changes = {key: self._file(path) for key in ("user_script", "script_dir") if (path := getattr(user, key))}
             return metric.model_copy(update={"user_config": user.model_copy(update=changes)})
         if isinstance(metric, LmEvalMetric):
-            tasks = tuple(self._file(name) if name.endswith((".yaml", ".yml")) else name for name in metric.tasks)
+            tasks = tuple(self._file(name) if name in metric.task_files else name for name in metric.tasks)
             folder = None if metric.include_path is None else self._file(metric.include_path)
             return metric.model_copy(update={"tasks": tasks, "include_path": folder})
         if isinstance(metric, AccuracyMetric) and metric.backend == "huggingface_metrics":

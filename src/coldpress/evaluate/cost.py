@@ -39,7 +39,6 @@ from coldpress.evaluate.statistics import bootstrap_error, mean_error, quantile,
 from coldpress.evaluate.texts import bundled_tokens
 from coldpress.evaluate.timing import Rounds, alternate, blocks, machine_state
 from coldpress.events import Progress
-from coldpress.hardware import detect
 from coldpress.scores import Measurement
 
 __all__ = ["Written", "measure_generation", "measure_latency", "measure_load_time", "measure_memory"]
@@ -240,8 +239,6 @@ def _by_block(numerators: Sequence[float], denominators: Sequence[float]) -> tup
 
 def measure_memory(metric: MemoryMetric, benches: Mapping[str, Bench]) -> Found:
     """Highest memory of a process that loads a model and runs a prompt."""
-    if any(sub.name == "peak_vram" for sub in metric.sub_types) and not detect().gpus:
-        raise PlanError("peak_vram is of a GPU, and this machine has none that nvidia-smi lists", hint="leave it out")
     probes = _probes(metric, benches, metric.new_tokens)
     return _of_probes(metric, probes, "bytes")
 

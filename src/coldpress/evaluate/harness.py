@@ -9,7 +9,6 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from coldpress.config.metrics import LmEvalMetric
@@ -81,12 +80,7 @@ def _tasks(metric: LmEvalMetric) -> Any:
     """What the tasks' names and files stand for; raises PlanError for one that is not there, and DataError."""
     from lm_eval.tasks import TaskManager
 
-    files = [name for name in metric.tasks if name.endswith((".yaml", ".yml"))]
-    missing = [name for name in files if not Path(name).is_file()]
-    if missing:
-        raise PlanError(
-            f"there is no task file {', '.join(missing)}", hint="relative paths start at the config's folder"
-        )
+    files = metric.task_files
     known = TaskManager(include_path=metric.include_path, include_defaults=len(files) < len(metric.tasks))
     unknown = [name for name in metric.tasks if name not in files and name not in known.task_index]
     if unknown:

@@ -12,15 +12,23 @@ import ast
 import dataclasses
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from coldpress.artifacts.classifiers import is_classifier
-from coldpress.config.metrics import OF_TEXT, TORCH_METRICS, CustomMetric, Metric
+from coldpress.config.metrics import (
+    OF_TEXT,
+    TORCH_METRICS,
+    CustomMetric,
+    LmEvalMetric,
+    MemoryMetric,
+    Metric,
+)
 from coldpress.errors import StepError
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.encoders import is_encoder
+from coldpress.hardware import detect
 from coldpress.registry import nearest
 from coldpress.scores import Measurement
 
@@ -92,12 +100,14 @@ def _checked(found: Measurement, metric: Metric, bench: Bench) -> Measurement:
 
 
 def refusal(metric: Metric, config: Mapping[str, Any] | None) -> tuple[str, str | None] | None:
-    """Why a metric cannot be measured, as far as its script and a model's config.json tell: (message, hint).
+    """Why a metric cannot be measured, as far as its files, this machine and a model's config.json tell.
 
-    Without a config what is said is about the metric alone. Reads no weights and runs nothing of the user's.
+    (message, hint). Without a config what is said is about the metric alone. Reads no weights and runs nothing of the
+    user's.
     """
     if config is None:
-        return _script_refusal(metric) if metric.type == "custom" else None
+        alone = _REFUSALS.get(metric.type)
+        return None if alone is None else alone(metric)
     if not is_encoder(config):
         if metric.type == "divergence" and any(sub.name == "cosine_similarity" for sub in metric.sub_types):
             return f"{metric.name}: cosine_similarity is of embeddings, and the model is a decoder", "use kl"
@@ -131,7 +141,7 @@ def _script_refusal(metric: CustomMetric) -> tuple[str, str | None] | None:
         return None  # told when the file is checked
     path = Path(user.user_script)
     if not path.is_file():
-        return f"{metric.name}: there is no script {path}", "relative paths start at the config file's folder"
+        return f"{metric.name}: there is no script {path}", _RELATIVE
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
@@ -153,3 +163,29 @@ def _script_refusal(metric: CustomMetric) -> tuple[str, str | None] | None:
         return None
     close = nearest(name, defined)
     return f"{metric.name}: {path} has no function {name!r}", f"did you mean {close}?" if close else None
+
+
+def _task_refusal(metric: LmEvalMetric) -> tuple[str, str | None] | None:
+    """Task files that are not there. Names of tasks are the harness's, which takes seconds to list them."""
+    missing = [name for name in metric.task_files if not Path(name).is_file()]
+    if missing:
+        return f"{metric.name}: there is no task file {', '.join(missing)}", _RELATIVE
+    folder = metric.include_path
+    if folder is not None and not Path(folder).is_dir():
+        return f"{metric.name}: there is no folder {folder} of task files", _RELATIVE
+    return None
+
+
+def _memory_refusal(metric: MemoryMetric) -> tuple[str, str | None] | None:
+    if all(sub.name != "peak_vram" for sub in metric.sub_types) or detect().gpus:
+        return None
+    return f"{metric.name}: peak_vram is of a GPU, and this machine has none that nvidia-smi lists", "leave it out"
+
+
+_RELATIVE = "relative paths start at the config file's folder"
+_REFUSALS: Mapping[str, Callable[[Any], tuple[str, str | None] | None]] = {
+    "custom": _script_refusal,
+    "lm_eval": _task_refusal,
+    "memory": _memory_refusal,
+}
+"""Type of metric -> what is wrong with it whatever the model."""

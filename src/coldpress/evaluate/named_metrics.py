@@ -38,7 +38,7 @@ def from_torchmetrics(name: str, config: Mapping[str, Any], answers: Predictions
     import torch
 
     known = TORCH_METRICS[name]
-    options = {key: value for key, value in config.items() if key not in _DERIVED}
+    options = {**known.arguments, **{key: value for key, value in config.items() if key not in _DERIVED}}
     true, said = _numbers(answers, name)
     if known.of_scores and answers.scores is None:
         raise PlanError(
