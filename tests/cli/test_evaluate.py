@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +164,61 @@ def test_empty_data(place: Path) -> None:
     done = evaluate(place, "fp32", "--data", "empty.jsonl", "--answer", "tone", "--template", "{p}={tone}")
     assert done.returncode == 1
     assert "holds no rows" in done.stderr
+
+
+OWN = """
+import ctypes, os, sys, time
+
+def speaks(*_):
+    print("from Python")
+    os.system("echo from a program")
+    sys.stdout.close()
+    return 2.5
+
+def ends(*_):
+    print("about to end")
+    os._exit(0)
+
+def crashes(*_):
+    ctypes.string_at(0)
+
+def sleeps(*_):
+    print("asleep")
+    time.sleep(300)
+"""
+
+
+def own(place: Path, function: str) -> tuple[str, ...]:
+    """Arguments that measure a model by a function of a script."""
+    (place / "own.py").write_text(OWN)
+    user = {"user_script": "own.py", "evaluate_func": function}
+    metric = {"name": "own", "type": "custom", "sub_types": [{"name": "n"}], "user_config": user}
+    (place / f"{function}.json").write_text(json.dumps({"metrics": [metric]}))
+    return ("fp32", "--evaluator", f"{function}.json", "--json")
+
+
+def test_what_the_users_function_prints_is_no_part_of_the_scores(place: Path) -> None:
+    done = evaluate(place, *own(place, "speaks"))
+    assert scores(done)["fp32", "n"]["value"] == 2.5
+    assert done.stderr.splitlines() == ["from Python", "from a program"]
+
+
+@pytest.mark.parametrize(("function", "how"), [("ends", "exit code 0"), ("crashes", "signal 11")])
+def test_a_function_that_ends_the_process_is_told(place: Path, function: str, how: str) -> None:
+    done = evaluate(place, *own(place, function))
+    assert done.returncode == 1
+    assert f"error: the process that measures ended with {how} before it had the scores" in done.stderr
+    assert done.stdout == ""
+    if function == "ends":
+        assert "about to end" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interrupt_ends_both_processes(place: Path) -> None:
+    command = [sys.executable, "-m", "coldpress", "eval", *own(place, "sleeps")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place, start_new_session=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "asleep\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all of its processes
+        assert process.stderr.read().strip() == "interrupted", "read to its end: nobody holds it open"
+    assert process.returncode == 130

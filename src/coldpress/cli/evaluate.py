@@ -72,7 +72,7 @@ def eval(model: Path, other: Path | None, as_json: bool, trust_remote_code: bool
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from coldpress.artifacts.base import Artifact
     from coldpress.cli.display import Quiet, Terminal
-    from coldpress.evaluate.session import evaluate_models
+    from coldpress.evaluate.apart import evaluate_apart
     from coldpress.goals import UNMET_EXIT_CODE
 
     models = _labelled({path.resolve(): Artifact.load(path) for path in (model, other) if path is not None})
@@ -82,7 +82,7 @@ def eval(model: Path, other: Path | None, as_json: bool, trust_remote_code: bool
     live = sys.stdout.isatty() and not as_json
     sink: Any = Terminal() if live else Quiet()
     try:
-        scores = evaluate_models(models, metrics, data, emit=sink, trust_remote_code=trust_remote_code)
+        scores = evaluate_apart(models, metrics, data, emit=sink, trust_remote_code=trust_remote_code)
     finally:
         sink.close()
     if as_json:
