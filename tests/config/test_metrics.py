@@ -124,6 +124,8 @@ def test_tasks_of_lm_eval_as_an_evaluator(today: Any, load: Load, problems_of: P
     assert isinstance(size, SizeMetric)
     today["evaluators"]["tones"] = {"type_args": {"tasks": "arc_easy"}, "type": "LMEvaluator"}
     assert metrics_of(load(today))[0].tasks == ("arc_easy",)
+    today["evaluators"]["tones"] = {"type": "LMEvaluator", "tasks": ["a"], "limit": 0}
+    assert [p.message for p in problems_of(today)] == ["must be at least 1, got 0"]
     today["evaluators"]["tones"] = {"tasks": ["a"], "limit": 3}
     assert [p.message for p in problems_of(today)] == ["tasks, limit belong to an evaluator of type LMEvaluator"]
     today["evaluators"]["tones"] = {"type": "LMEvaluator"}

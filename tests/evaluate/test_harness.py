@@ -168,6 +168,19 @@ def test_bad_tasks(tasks: Path, tiny_phi3: Path) -> None:
     (tasks / "lost.yaml").write_text(CHOICE.format(data=tasks / "lost.jsonl"))
     with pytest.raises(DataError, match="cannot be loaded"):
         numbers(tasks, bench, "lost")
+    (tasks / "broken.yaml").write_text("task: [tones\noutput_type: x")
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*broken\.yaml\): ParserError: .*line 2"):
+        numbers(tasks, bench, "broken")
+    (tasks / "broken.yaml").unlink()
+    (tasks / "column.yaml").write_text((tasks / "choice.yaml").read_text().replace("{{phrase}}", "{{phrese}}"))
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*column\.yaml\): UndefinedError: 'phrese' is"):
+        numbers(tasks, bench, "column")
+    (tasks / "column.yaml").unlink()
+    (tasks / "worse.py").write_text("def worse(doc, results):\n    return {'letters': doc['nope']}\n")
+    (tasks / "worse.yaml").write_text((tasks / "writing.yaml").read_text().replace("beside.letters", "worse.worse"))
+    with pytest.raises(DataError, match="lm-eval cannot ask writing of tasks: KeyError: 'nope'"):
+        numbers(tasks, bench, "worse")
+    (tasks / "worse.yaml").unlink()
     unknown = LmEvalMetric(name="x", type="lm_eval", tasks=("tonees",), include_path=str(tasks))
     with pytest.MonkeyPatch.context() as patch:  # the harness's own 14,000 files need not be read for this
         from lm_eval.tasks import TaskManager

@@ -316,6 +316,9 @@ class CustomMetric(Frozen):
     """What runs models of its kind; null is the usual one."""
 
 
+Records: TypeAlias = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+
+
 class LmEvalMetric(Frozen):
     """Tasks of the Language Model Evaluation Harness."""
 
@@ -331,7 +334,7 @@ class LmEvalMetric(Frozen):
     """A folder of further task files, whose tasks may then be named."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt; null is the task's own."""
-    limit: int | Annotated[float, Field(gt=0, le=1)] | None = None
+    limit: Records | None = None
     """Records of a task (a whole number), or a share of them; null is all."""
     apply_chat_template: bool = False
     """Put prompts into the model's chat template."""
@@ -440,7 +443,7 @@ class Evaluator(Frozen):
     """LMEvaluator: sequences at a time."""
     max_length: int | None = Field(default=None, ge=2)
     """LMEvaluator: tokens that the model sees at most; null is its context."""
-    limit: int | Annotated[float, Field(gt=0, le=1)] | None = None
+    limit: Records | None = None
     """LMEvaluator: records of a task (a whole number), or a share of them; null is all."""
     apply_chat_template: bool | None = None
     """LMEvaluator: put prompts into the model's chat template."""

@@ -23,6 +23,8 @@ __all__ = ["measure"]
 
 _SHARES = ("acc", "exact_match", "f1", "em", "mcc", "brier_score", "likelihood_diff", "pct_stereotype")
 """Numbers of the harness between 0 and 1; the others are shown bare."""
+_OF_FILES = "correct the task file: do its templates and functions name columns that its data has?"
+_OF_DATA = "is the task file right, and its data here? A hub is reached only where the network allows it"
 _UNITS = {"bits_per_byte": "bits/byte"}
 
 
@@ -48,7 +50,7 @@ def measure(metric: LmEvalMetric, bench: Bench) -> list[Measurement]:
         name=str(bench.model.path),
         on_done=lambda done, total, unit: bench.emit(Progress(bench.step, done, total, unit)),
     )
-    with _quiet():
+    with _quiet(), _told(f"lm-eval cannot ask {', '.join(tasks['tasks'])} of {metric.name}", _OF_FILES):
         found = evaluate(
             model,
             tasks,
@@ -76,12 +78,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _told(what: str, hint: str) -> Iterator[None]:
+    """Whatever is wrong with a task, its templates or its functions becomes a DataError."""
+    import yaml  # type: ignore[import-untyped]
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError,
+            TemplateError, yaml.YAMLError) as error:  # fmt: skip
+        raise DataError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}", hint=hint) from error
+
+
 def _tasks(metric: LmEvalMetric) -> Any:
     """What the tasks' names and files stand for; raises PlanError for one that is not there, and DataError."""
     from lm_eval.tasks import TaskManager
 
     files = metric.task_files
-    known = TaskManager(include_path=metric.include_path, include_defaults=len(files) < len(metric.tasks))
+    with _told(f"the task files of {metric.name} cannot be read", _OF_FILES):
+        known = TaskManager(include_path=metric.include_path, include_defaults=len(files) < len(metric.tasks))
     unknown = [name for name in metric.tasks if name not in files and name not in known.task_index]
     if unknown:
         close = nearest(unknown[0], known.all_tasks)
@@ -89,13 +105,8 @@ def _tasks(metric: LmEvalMetric) -> Any:
             f"lm-eval has no task {', '.join(repr(name) for name in unknown)}",
             hint=f"did you mean {close}?" if close else "`lm_eval ls tasks` lists them; a file is named by its path",
         )
-    try:
+    with _told(f"a task of {metric.name} cannot be loaded ({', '.join(metric.tasks)})", _OF_DATA):
         loaded = known.load(list(metric.tasks))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"a task of {metric.name} cannot be loaded: {type(error).__name__}: {error}",
-            hint="its data must be here: a hub is reached only where the network allows it",
-        ) from error
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (metric.num_fewshot is not None and own != 0):  # a task that says 0 means it
