@@ -106,15 +106,33 @@ def test_what_goes_wrong_in_it_is_told(script: Path, tiny_phi3: Path, bench_of: 
     bench = bench_of(tiny_phi3)
     with pytest.raises(StepError, match=r"raises of .*own\.py raised ZeroDivisionError: .* at line 24 \(return 1 /"):
         measure(metric(script, "n", evaluate_func="raises"), bench)
-    with pytest.raises(StepError, match="nothing gave nan for n, which is no number"):
+    with pytest.raises(StepError, match=r"nothing of .*own\.py gave nan for n, which is no number"):
         measure(metric(script, "n", evaluate_func="nothing"), bench)
-    with pytest.raises(StepError, match=r"text must give a number for n, it gave '0\.9'"):
+    with pytest.raises(StepError, match=r"text of .*own\.py must give a number for n, it gave '0\.9'"):
         measure(metric(script, "n", evaluate_func="text"), bench)
     with pytest.raises(StepError, match="gives no number 'input'; it gives: inputs, tokens") as caught:
         measure(metric(script, "input", evaluate_func="forward"), bench)
     assert caught.value.hint == "did you mean inputs?"
     with pytest.raises(StepError, match="gives one number, and own has 2 sub types"):
         measure(metric(script, "a", "b", evaluate_func="devices"), bench)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return np.array([1.0, 2.0])", r"f of .*own\.py must give a number for n, it gave array\(\[1\., 2\.\]\)"),
+        ("return torch.tensor([1.0, 2.0])", r"f of .*own\.py must give a number for n, it gave tensor"),
+        ("return 10**400", r"f of .*own\.py gave inf for n"),
+        ("return -(10**9999)", r"f of .*own\.py gave -inf for n"),
+        ("raise Mute", r"f of .*own\.py raised Mute: <exception str\(\) failed> at line 8"),
+    ],
+)
+def test_odd_results_and_errors(body: str, said: str, tmp_path: Path, tiny_phi3: Path, bench_of: Benches) -> None:
+    mute = "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n"
+    (tmp_path / "own.py").write_text(f"import numpy as np\nimport torch\n{mute}\ndef f(*_):\n    {body}\n")
+    (tmp_path / "lib").mkdir()
+    with pytest.raises(StepError, match=said):
+        measure(metric(tmp_path / "own.py", "n", evaluate_func="f"), bench_of(tiny_phi3))
 
 
 def test_a_script_that_cannot_be_used(script: Path, tmp_path: Path, tiny_phi3: Path, bench_of: Benches) -> None:
@@ -136,6 +154,14 @@ def test_a_plan_sees_it_without_running_it(script: Path, tmp_path: Path) -> None
     message, hint = refusal(metric(script, "n", evaluate_func="device"), None) or ("", "")
     assert "has no function 'device'" in message
     assert hint == "did you mean devices?"
+    script.write_text(
+        "try:\n    import fast\nexcept ImportError:\n    def a(*_): ...\nif True:\n    b = a\n"
+        "c: object = a\nd, (e, f) = a, (a, a)\nwith open(x) as g: ...\nasync def late(*_): ...\n"
+    )
+    for name in "abcdefg":
+        assert refusal(metric(script, "n", evaluate_func=name), None) is None
+    assert "late of " in (refusal(metric(script, "n", evaluate_func="late"), None) or ("", ""))[0]
+    assert "has no function 'x'" in (refusal(metric(script, "n", evaluate_func="x"), None) or ("", ""))[0]
     script.write_text("def f(:\n")
     assert "is no Python" in (refusal(metric(script, "n", evaluate_func="f"), None) or ("", ""))[0]
     assert "there is no script" in (refusal(metric(tmp_path / "x.py", "n", evaluate_func="f"), None) or ("", ""))[0]

@@ -146,23 +146,22 @@ def _script_refusal(metric: CustomMetric) -> tuple[str, str | None] | None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
         return f"{metric.name}: {path} is no Python: {error}", None
-    defined = {
-        found
-        for node in tree.body
-        for found in (
-            [node.name]
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            else [alias.asname or alias.name for alias in node.names]
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            else [target.id for target in node.targets if isinstance(target, ast.Name)]
-            if isinstance(node, ast.Assign)
-            else []
-        )
-    }
-    if name in defined or "*" in defined:
-        return None
-    close = nearest(name, defined)
-    return f"{metric.name}: {path} has no function {name!r}", f"did you mean {close}?" if close else None
+    defined = {bound for node in ast.walk(tree) for bound in _bound_by(node)}
+    if name not in defined and "*" not in defined:
+        close = nearest(name, defined)
+        return f"{metric.name}: {path} has no function {name!r}", f"did you mean {close}?" if close else None
+    if any(isinstance(node, ast.AsyncFunctionDef) and node.name == name for node in tree.body):
+        return f"{metric.name}: {name} of {path} is async, and it is called as a plain function", "write def"
+    return None
+
+
+def _bound_by(node: ast.AST) -> list[str]:
+    """Names that a node gives something to, wherever it stands: under a condition, in a tuple, in a loop."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name for alias in node.names]
+    return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
 
 
 def _task_refusal(metric: LmEvalMetric) -> tuple[str, str | None] | None:

@@ -8,13 +8,14 @@ Either gives one number, or a mapping from names of sub types to numbers. The sc
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,13 @@ def measure(metric: CustomMetric, bench: Bench) -> list[Measurement]:
     else:
         arguments, n = _answers(metric, bench)
         name, options = str(user.metric_func), user.metric_func_kwargs
+    what = f"{name} of {user.user_script}"
     with _script(user.user_script, user.script_dir, name) as function:
-        found = _called(function, name, str(user.user_script), arguments, dict(options or {}))
+        found = _guarded(lambda: function(*arguments, **(options or {})), what, Path(str(user.user_script)))
     return [
         Measurement(sub.name, value, "", True if sub.higher_is_better is None else sub.higher_is_better, n, None)
         for sub in metric.sub_types
-        for value in (_number(found, sub.name, metric, name),)
+        for value in (_number(found, sub.name, metric, what),)
     ]
 
 
@@ -122,7 +124,7 @@ def _answers(metric: CustomMetric, bench: Bench) -> tuple[tuple[Any, ...], int]:
     return (Output(preds, torch.from_numpy(answers.scores), answers.labels), truth), len(truth)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _script(path: str | None, folder: str | None, name: str) -> Iterator[Callable[..., Any]]:
     """The function of a script, while its folder may be imported from; raises PlanError."""
     if path is None:
@@ -147,12 +149,6 @@ def _script(path: str | None, folder: str | None, name: str) -> Iterator[Callabl
         sys.path[:] = before
 
 
-def _called(
-    function: Callable[..., Any], name: str, script: str, arguments: tuple[Any, ...], options: Mapping[str, Any]
-) -> Any:
-    return _guarded(lambda: function(*arguments, **options), f"{name} of {script}", Path(script))
-
-
 def _guarded(call: Callable[[], Any], what: str, script: Path) -> Any:
     """Run the user's code; whatever it raises becomes a StepError that names its line."""
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -162,33 +158,39 @@ def _guarded(call: Callable[[], Any], what: str, script: Path) -> Any:
         return running.result()
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == script]
     place = f" at line {frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    said = traceback.TracebackException.from_exception(error)  # even of an error that cannot say itself
     raise StepError(
-        f"{what} raised {type(error).__name__}: {error}{place}", hint="the function is yours; correct it there"
+        f"{what} raised {type(error).__name__}: {said}{place}", hint="the function is yours; correct it there"
     ) from error
 
 
-def _number(found: Any, sub: str, metric: CustomMetric, name: str) -> float:
+def _number(found: Any, sub: str, metric: CustomMetric, what: str) -> float:
     """One number of what the function gave; raises StepError."""
     if isinstance(found, Mapping):
         if sub not in found:
             close = nearest(sub, map(str, found))
             raise StepError(
-                f"{name} gives no number {sub!r}; it gives: {', '.join(map(str, found)) or 'none'}",
+                f"{what} gives no number {sub!r}; it gives: {', '.join(map(str, found)) or 'none'}",
                 hint=f"did you mean {close}?" if close else "name sub types as the function does",
             )
         found = found[sub]
     elif len(metric.sub_types) > 1:
         raise StepError(
-            f"{name} gives one number, and {metric.name} has {len(metric.sub_types)} sub types",
+            f"{what} gives one number, and {metric.name} has {len(metric.sub_types)} sub types",
             hint="give a mapping from names of sub types to numbers",
         )
-    if hasattr(found, "item"):  # an array or a tensor of one element
-        found = found.item()
+    if hasattr(found, "item"):
+        with contextlib.suppress(ValueError, RuntimeError):  # an array or a tensor of several elements
+            found = found.item()
     if isinstance(found, bool) or not isinstance(found, int | float):
-        raise StepError(f"{name} must give a number for {sub}, it gave {found!r}")
-    if not math.isfinite(found):
+        raise StepError(f"{what} must give a number for {sub}, it gave {reprlib.repr(found)}")
+    try:
+        value = float(found)
+    except OverflowError:  # a whole number beyond all floats
+        value = math.inf if found > 0 else -math.inf
+    if not math.isfinite(value):
         raise StepError(
-            f"{name} gave {float(found):g} for {sub}, which is no number that models can be compared by",
+            f"{what} gave {value:g} for {sub}, which is no number that models can be compared by",
             hint="find out why: a mean over nothing, a division by zero?",
         )
-    return float(found)
+    return value
