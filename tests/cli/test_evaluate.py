@@ -145,6 +145,15 @@ def test_the_evaluator_of_a_workflow(place: Path) -> None:
         (("model", "--metrics", "size", "--evaluator", "x.json"), "give one of them"),
         (("model", "--evaluator", "x.json"), "there is no such file"),
         (("model", "--data", "rows.jsonl", "--template", "{phrase}", "--metrics", "accuracy"), "names no answer"),
+        (("",), "the path of a model is empty"),
+        (("rows.jsonl",), "rows.jsonl is a file, not a folder, so it is no model"),
+        (("model", "--data", "zzz.csv"), "hint: relative paths start at the working folder"),
+        (("model", "--data", "rows.jsonl", "--split", "test"), "has no split 'test'; it has: train"),
+        (("model", "--data", "rows.jsonl", "--text-field", "nope"), "no column 'nope', which --text-field uses"),
+        (("model", "--data", "rows.jsonl", "--template", "{nope}"), "no column 'nope', which --template uses"),
+        (("model", *RECORDS[:-1], "nope"), "no column 'nope', which --answer uses"),
+        (("model", "--data", "rows.jsonl", "--template", "abc"), "--template: names no column"),
+        (("model", "--data", "rows.jsonl"), "hint: say what the text is: --template or --text-field"),
         (("encoder", "--metrics", "speed"), "is an encoder (BertModel) and writes nothing"),
         (("encoder", "--data", "text.txt", "--metrics", "perplexity"), "so it has no perplexity"),
     ],
@@ -153,10 +162,28 @@ def test_what_is_asked_for_must_fit(place: Path, arguments: tuple[str, ...], mes
     if not (place / "encoder").exists():
         make_encoder(place / "encoder")
     done = evaluate(place, *arguments)
-    assert done.returncode in (1, 2)
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_what_is_wrong_with_an_evaluator_is_told_at_its_line(place: Path) -> None:
+    rows = {"name": "rows", "load_dataset_config": {"data_name": "json", "data_files": "lost.jsonl"},
+            "pre_process_data_config": {"text_template": "{phrase}={tone}", "label_col": "tone"}}  # fmt: skip
+    metric = {"name": "a", "type": "accuracy", "data_config": "nowhere"}
+    path = place / "wrong.json"
+    path.write_text(json.dumps({"data_configs": [rows], "metrics": [metric, {**metric, "batch_size": 0}]}, indent=1))
+    line = 1 + path.read_text().splitlines().index('   "batch_size": 0')
+    done = evaluate(place, "fp32", *RECORDS, "--evaluator", "wrong.json")
+    assert done.returncode == 2
+    assert f"wrong.json:{line}: metrics.1.batch_size: must be at least 1, got 0\n" in done.stderr
+    assert "metrics.0.data_config: there is no data config called 'nowhere'" in done.stderr
+    assert "there are: data, rows\n" in done.stderr
+    path.write_text(json.dumps({"data_configs": [rows], "metrics": [{**metric, "data_config": "rows"}]}))
+    done = evaluate(place, "fp32", "--evaluator", "wrong.json")
+    assert done.returncode == 2
+    assert "error: wrong.json: data_configs.rows: the data file lost.jsonl does not exist" in done.stderr
 
 
 def test_empty_data(place: Path) -> None:

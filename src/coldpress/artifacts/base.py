@@ -187,7 +187,8 @@ class Artifact:
             return cls(path, "onnx", path)
         if (path / "config.json").is_file():
             return cls(path, "checkpoint", path)
-        what = "is not there" if not path.exists() else "has neither config.json nor genai_config.json"
+        what = "has neither config.json nor genai_config.json" if path.is_dir() else "is a file, not a folder"
+        what = what if path.exists() else "is not there"
         raise CheckpointError(
             f"{path} {what}, so it is no model",
             hint="a model is a Hugging Face checkpoint folder or an ONNX Runtime GenAI folder",

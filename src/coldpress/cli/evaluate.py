@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coldpress.cli.options import trust_option
-from coldpress.errors import UsageError
+from coldpress.errors import CheckpointError, ConfigError, DataError, Problem, UsageError
 from coldpress.registry import nearest
+
+if TYPE_CHECKING:
+    from coldpress.config.schema import DataConfig
 
 __all__ = ["eval"]
 
@@ -44,10 +47,8 @@ _NAMES = (*_OF_ANSWERS, *_OF_TEXT, *_OF_TWO, *_OF_COST)
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--compare", "other", type=click.Path(path_type=Path), metavar="OTHER", help="A model to hold against it."
-)
+@click.argument("model")
+@click.option("--compare", "other", metavar="OTHER", help="A model to hold against it.")
 @click.option("-d", "--data", metavar="FILE", help="Records or text (json, jsonl, csv, parquet, txt).")
 @click.option("--split", help="Split of the data, with slicing: train[:200].")
 @click.option("--template", "text_template", help="Text of one record, {column} filled in; \\n is a line break.")
@@ -61,7 +62,7 @@ _NAMES = (*_OF_ANSWERS, *_OF_TEXT, *_OF_TWO, *_OF_COST)
 @click.option("--max-seconds", type=click.FloatRange(0, min_open=True), help="Time for each metric of speed.")
 @click.option("--json", "as_json", is_flag=True, help="Scores as JSON.")
 @trust_option
-def eval(model: Path, other: Path | None, as_json: bool, trust_remote_code: bool, **options: Any) -> int:  # noqa: A001
+def eval(model: str, other: str | None, as_json: bool, trust_remote_code: bool, **options: Any) -> int:  # noqa: A001
     """Measure MODEL: a checkpoint, an adapter, an ONNX model, or the output folder of a run.
 
     With --compare, MODEL is what OTHER is compared with: KL divergence and goals are OTHER's against it, and speed is
@@ -70,12 +71,11 @@ def eval(model: Path, other: Path | None, as_json: bool, trust_remote_code: bool
     # Before torch is imported: GNU OpenMP's threads spin before they sleep, which beside other work is slow.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from coldpress.artifacts.base import Artifact
     from coldpress.cli.display import Quiet, Terminal
     from coldpress.evaluate.apart import evaluate_apart
     from coldpress.goals import UNMET_EXIT_CODE
 
-    models = _labelled({path.resolve(): Artifact.load(path) for path in (model, other) if path is not None})
+    models = _labelled({Path(path).resolve(): _model(path) for path in (model, other) if path is not None})
     if other is not None and len(models) < 2:
         raise UsageError(f"{model} is to be compared with itself", hint="give another model to --compare")
     metrics, data = _asked(model, options, [one.describe().config for one in models.values()])
@@ -91,11 +91,29 @@ def eval(model: Path, other: Path | None, as_json: bool, trust_remote_code: bool
         from coldpress.evaluate.timing import machine_state
 
         paths = {label: str(one.path) for label, one in models.items()}
-        record = {"models": paths, "scores": [asdict(score) for score in scores], "machine": machine_state()}
+        record = {
+            "models": paths,
+            "scores": [dataclasses.asdict(score) for score in scores],
+            "machine": machine_state(),
+        }
         click.echo(json.dumps(record, indent=2))
     else:
         _show(scores, list(models))
     return UNMET_EXIT_CODE if any(score.goal is not None and not score.goal.met for score in scores) else 0
+
+
+def _model(path: str) -> Any:
+    """A model of the command line; what is none makes the command a wrong one."""
+    from coldpress.artifacts.base import Artifact
+
+    if not path:
+        raise UsageError("the path of a model is empty", hint="give a folder; . is the working folder")
+    try:
+        found = Artifact.load(Path(path))
+        found.describe()
+    except CheckpointError as error:
+        raise UsageError(error.message, hint=error.hint) from error
+    return found
 
 
 def _labelled(models: Mapping[Path, Any]) -> dict[str, Any]:
@@ -108,43 +126,94 @@ def _labelled(models: Mapping[Path, Any]) -> dict[str, Any]:
     return dict(zip(names, models.values(), strict=True))
 
 
-def _asked(model: Path, options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> tuple[list[Any], Any]:
+def _asked(model: str, options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> tuple[list[Any], Any]:
     """Metrics and data configs, through the config language: so that errors and defaults are the same."""
-    from coldpress.api import load_config
     from coldpress.engine.places import Places
 
-    root = Path.cwd()
-    if options["evaluator_file"] is not None:
-        if options["metrics"] is not None:
-            raise UsageError("--evaluator says what to measure, and so does --metrics", hint="give one of them")
-        document, root = _from_file(options["evaluator_file"], model)
-    else:
-        document = {"evaluators": {"eval": {"metrics": _metrics(options, configs)}}, "evaluator": "eval"}
-    if options["data"] is not None:
-        document.setdefault("data_configs", []).append(_data_config(options))
-    loaded = load_config({"input_model": {"type": "HfModel", "model_path": str(model)}, **document})
+    try:
+        loaded, root = _loaded(model, options, configs)
+    except ConfigError as error:
+        raise ConfigError([_by_option(problem) for problem in error.problems]) from None
     for rewrite in loaded.rewrites:
         click.echo(f"  {rewrite}", err=True)
     places = Places(root, Path.cwd())
     evaluator = loaded.workflow.evaluators[str(loaded.workflow.evaluator)]
     metrics = [_with_options(places.metric(metric), options) for metric in evaluator.measured]
-    return metrics, {config.name: places.data(config) for config in loaded.workflow.data_configs}
+    used = {getattr(metric, "data_config", None) for metric in metrics}
+    data = {config.name: places.data(config) for config in loaded.workflow.data_configs if config.name in used}
+    for name, config in data.items():
+        if name == _DATA and options["data"] is not None:
+            data[name] = config.model_copy(update={"name": "--data"})
+            _check_data(data[name], options)
+        else:
+            _check_source(config, f"{options['evaluator_file']}: data_configs.{name}")
+    return metrics, data
 
 
-def _from_file(path: Path, model: Path) -> tuple[dict[str, Any], Path]:
-    """The parts of a file that say what to measure: of an evaluator, or of a workflow."""
+def _loaded(model: str, options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> tuple[Any, Path]:
+    """A workflow whose evaluator says what to measure, and the folder that its relative paths start at."""
     from coldpress.api import load_config
-    from coldpress.config.load import read_document
+    from coldpress.config.load import load_evaluator, read_document
 
-    found = read_document(path)
-    if "input_model" in found or "evaluators" in found:
-        loaded = load_config(path, [f"input_model.model_path={model}"])
-        if loaded.workflow.evaluator is None:
-            raise UsageError(f"the workflow {path} names no evaluator", hint="add `evaluator` to it")
-        names = ("evaluators", "evaluator", "data_configs")
-        return {name: loaded.document[name] for name in names if name in loaded.document}, path.resolve().parent
-    data = found.pop("data_configs", [])
-    return {"evaluators": {"eval": found}, "evaluator": "eval", "data_configs": data}, path.resolve().parent
+    own = [] if options["data"] is None else [_data_config(options)]
+    rest: dict[str, Any] = {"input_model": {"type": "HfModel", "model_path": model}, "data_configs": own}
+    file = options["evaluator_file"]
+    if file is None:
+        metrics = _metrics(options, configs)
+        return load_config({**rest, "evaluators": {"eval": {"metrics": metrics}}, "evaluator": "eval"}), Path.cwd()
+    if options["metrics"] is not None:
+        raise UsageError("--evaluator says what to measure, and so does --metrics", hint="give one of them")
+    found = read_document(file)
+    if "input_model" not in found and "evaluators" not in found:
+        return load_evaluator(file, rest), file.resolve().parent
+    whole = load_config(file, [f"input_model.model_path={model}"])
+    if whole.workflow.evaluator is None:
+        raise UsageError(f"the workflow {file} names no evaluator", hint="add `evaluator` to it")
+    asked = {name: whole.document[name] for name in ("evaluators", "evaluator")}
+    data = [*whole.document.get("data_configs", []), *own]
+    return load_config({**rest, **asked, "data_configs": data}), file.resolve().parent
+
+
+_OPTIONS = {"text_template": "--template", "text_field": "--text-field", "label_col": "--answer", "split": "--split"}
+"""Key of a data config -> the option that gives it."""
+
+
+def _by_option(problem: Problem) -> Problem:
+    """A problem of the data that the command line names, at its option."""
+    if problem.line is not None or not problem.path.startswith("data_configs."):
+        return problem
+    return dataclasses.replace(problem, path=_OPTIONS.get(problem.path.rpartition(".")[2], "--data"), file="")
+
+
+def _check_source(config: DataConfig, where: str) -> bool:
+    """Whether the data are local files; what is not there makes the command a wrong one."""
+    from coldpress.data.sources import check_source
+
+    try:
+        return check_source(config)
+    except DataError as error:
+        hint = error.hint if not where.startswith("--") else (error.hint or "").replace("config file's", "working")
+        raise UsageError(f"{where}: {error.message}", hint=hint) from error
+
+
+def _check_data(config: DataConfig, options: Mapping[str, Any]) -> None:
+    """Whether the file of --data has what the options say of it; told with their names, before a model is loaded."""
+    from coldpress.data.formats import read_as, unknown
+    from coldpress.data.sources import read_records
+    from coldpress.data.templates import columns_of
+
+    if not _check_source(config, "--data" if options["split"] is None else "--data and --split"):
+        return
+    records, pre = read_records(config), config.pre_process_data_config
+    reading = read_as(records.columns, records.rows[:100], pre, has_template=True)
+    if reading is None:
+        raise UsageError(unknown(records, pre).message, hint="say what the text is: --template or --text-field")
+    columns, key = columns_of(pre, reading)
+    try:
+        records.require(columns, _OPTIONS.get(key, key))
+        records.require([pre.label_col] if pre.label_col else [], _OPTIONS["label_col"])
+    except DataError as error:
+        raise UsageError(error.message, hint="correct the name on the command line") from error
 
 
 def _metrics(options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -163,6 +232,10 @@ def _metrics(options: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -
     needy = [name for name in names if name in (*_OF_ANSWERS, *_OF_TEXT)]
     if needy and options["data"] is None:
         raise UsageError(f"{', '.join(needy)} need records", hint="give --data FILE")
+    compared = [name for name in names if name in _OF_ANSWERS]
+    if compared and options["label_col"] is None and "|loss}" not in (options["text_template"] or ""):
+        raise UsageError(f"right answers are needed for {', '.join(compared)}, and --data names no answer",
+                         hint="give --answer COLUMN")  # fmt: skip
     if not two and (alone := [name for name in names if name in _OF_TWO]):
         raise UsageError(f"{', '.join(alone)} compare two models", hint="give --compare OTHER")
     return _as_config(names, options)

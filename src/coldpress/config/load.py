@@ -31,7 +31,7 @@ from coldpress.config.tree import Node, drop_comments, from_plain, plain, proble
 from coldpress.errors import ConfigError, Problem
 from coldpress.registry import nearest
 
-__all__ = ["LoadedConfig", "load_config", "read_document"]
+__all__ = ["LoadedConfig", "load_config", "load_evaluator", "read_document"]
 
 _ORDER = tuple(Workflow.model_fields)
 _NAME = re.compile(r"^[A-Za-z0-9_]+$")
@@ -115,6 +115,26 @@ def load_config(
     except ConfigError as error:
         file = "" if path is None else str(path)
         raise ConfigError(_in_order(error.problems, file)) from error.__cause__
+
+
+def load_evaluator(path: Path, rest: Mapping[str, Any]) -> LoadedConfig:
+    """A file that is one evaluator, called `eval`, in a workflow of the rest; both may have data configs.
+
+    Raises ConfigError, with places in the file as the user wrote it.
+    """
+    try:
+        root, problems = _read(path)
+        whole, _ = _from_mapping({**rest, "evaluator": "eval"})
+        data = None if root.mapping is None else root.mapping.pop("data_configs", None)
+        if data is not None:
+            more = whole.members.get("data_configs")
+            if more is not None and data.items is not None:
+                data.items.extend(more.elements)
+            whole.members["data_configs"] = data
+        whole.members["evaluators"] = Node({"eval": root}, "", root.line)
+        return _load(whole, problems, path, (), {})
+    except ConfigError as error:
+        raise ConfigError(_in_order(error.problems, str(path))) from error.__cause__
 
 
 def _load(

@@ -17,7 +17,7 @@ from coldpress.data.readers import READERS, Row, head_of
 from coldpress.errors import DataError, MissingExtraError
 from coldpress.registry import nearest
 
-__all__ = ["BUNDLED_TEXT", "Records", "files_of", "first_records", "read_records"]
+__all__ = ["BUNDLED_TEXT", "Records", "check_source", "files_of", "first_records", "read_records"]
 
 BUNDLED_TEXT = "coldpress:parity_text.txt"
 """In data_files, the text that comes with Coldpress, wherever that is installed."""
@@ -67,6 +67,15 @@ def files_of(config: DataConfig) -> dict[str, Path]:
         for split, files in _files_by_split(load).items()
         for position, path in enumerate(files)
     }
+
+
+def check_source(config: DataConfig) -> bool:
+    """Raise DataError where a local file or the split is not there; reads no row. False of a hub data set."""
+    load = config.load_dataset_config
+    files = _files_by_split(load)
+    if files:
+        _parts_of(load.split, tuple(files), config.name)
+    return bool(files)
 
 
 def read_records(config: DataConfig) -> Records:
