@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coldpress.scores import Measurement, Score
 from fakes.models_built import build_onnx
 from fakes.tiny_models import make_checkpoint, make_encoder
 
@@ -75,6 +77,14 @@ def test_what_fits_is_measured_without_being_asked(place: Path) -> None:
     assert {model for model, _ in found} == {"fp32"}
     assert {"perplexity", "decode_tokens_per_second", "time_to_first_token_p50", "bytes"} <= {sub for _, sub in found}
     assert found["fp32", "decode_tokens_per_second"]["details"]["runner"] == "ONNX Runtime GenAI"
+
+
+def test_a_number_without_end_is_null_in_json() -> None:
+    from coldpress.cli.evaluate import _as_json
+
+    measured = Measurement("perplexity", math.inf, "", False, 3, math.nan, {"share": -math.inf})
+    (score,) = json.loads(_as_json({}, [Score.of("m", "text", measured)]), parse_constant=pytest.fail)["scores"]
+    assert (score["value"], score["standard_error"], score["details"], score["n"]) == (None, None, {"share": None}, 3)
 
 
 def test_an_evaluator_from_a_file_and_its_goals(place: Path) -> None:

@@ -319,3 +319,13 @@ def test_a_metric_of_answers_needs_data_with_answers(today: Any, load: Load, pro
 def test_a_stride_as_long_as_its_window(today: Any, problems_of: Problems) -> None:
     (problem,) = problems_of(with_metrics(today, {**one("perplexity", "loss"), "window": 64, "stride": 64}))
     assert problem.message == "stride 64 leaves no context in a window of 64"
+
+
+@pytest.mark.parametrize("kind", ["memory", "load_time", "size_on_disk"])
+def test_a_metric_without_data_says_so(kind: str, today: Any, problems_of: Problems) -> None:
+    today["evaluators"]["tones"] = {"metrics": [{"name": "m", "type": kind, "data_config": "lost"}]}
+    problem = next(one for one in problems_of(today) if one.message == "unknown key")
+    assert problem.hint == "this metric takes no data"
+    today["evaluators"]["tones"] = {"metrics": [{"name": "m", "type": kind, "answer_by": "likelihood"}]}
+    (problem,) = problems_of(today)
+    assert str(problem.hint).startswith("known here: name, type, sub_types"), "not what other metrics have"

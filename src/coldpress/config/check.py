@@ -184,11 +184,13 @@ class _Finder:
         names = field_names(self.model, loc[:-1])
         where = ".".join(str(step) for step in loc[:-1] if not isinstance(step, int))
         known = [*names, *self.extra_names.get(where, ())]
-        close = nearest(str(loc[-1]), [*known, *_NESTING])
+        close = nearest(str(loc[-1]), [name for name in (*known, *_NESTING) if name != loc[-1]])
         if close is not None:
             parent.damaged = True
         there = f"known here: {', '.join(names)}" if 0 < len(names) <= _SHOWN else None
         hint = there if close is None or (close in _NESTING and node.mapping is None) else f"did you mean {close}?"
+        if loc[-1] == "data_config" and "sub_types" in names:
+            hint = "this metric takes no data"
         return problem_at(node, "unknown key", hint=hint, at_key=True)
 
     def problem(self, group: Sequence[_Error]) -> Problem | None:
@@ -317,8 +319,14 @@ def field_names(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     """The keys that are known at a location inside a model."""
     kinds: list[Any] = [model]
     for step in loc:
-        kinds = _below(kinds, step) or kinds
+        kinds = _below(kinds, step) or _tagged(kinds, step) or kinds
     return list(dict.fromkeys(name for kind in _branches(kinds) if _is_model(kind) for name in kind.model_fields))
+
+
+def _tagged(kinds: Sequence[Any], tag: int | str) -> list[Any]:
+    """Of a union whose branches have a `type`, the one that a location names by it."""
+    branches = [kind for kind in _branches(kinds) if _is_model(kind) and "type" in kind.model_fields]
+    return [kind for kind in branches if tag in typing.get_args(kind.model_fields["type"].annotation)]
 
 
 def takes_list(model: type[BaseModel], key: str) -> bool:
