@@ -17,6 +17,7 @@ from coldpress.registry import nearest
 
 if TYPE_CHECKING:
     from coldpress.config.schema import DataConfig
+    from coldpress.scores import Score
 
 __all__ = ["eval"]
 
@@ -86,17 +87,7 @@ def eval(model: str, other: str | None, as_json: bool, trust_remote_code: bool, 
     finally:
         sink.close()
     if as_json:
-        import json
-
-        from coldpress.evaluate.timing import machine_state
-
-        paths = {label: str(one.path) for label, one in models.items()}
-        record = {
-            "models": paths,
-            "scores": [dataclasses.asdict(score) for score in scores],
-            "machine": machine_state(),
-        }
-        click.echo(json.dumps(record, indent=2))
+        click.echo(_as_json(models, scores))
     else:
         _show(scores, list(models))
     return UNMET_EXIT_CODE if any(score.goal is not None and not score.goal.met for score in scores) else 0
@@ -308,6 +299,17 @@ def _with_options(metric: Any, options: Mapping[str, Any]) -> Any:
             for sub in metric.sub_types
         )
     return metric.model_copy(update=changes)
+
+
+def _as_json(models: Mapping[str, Any], scores: Sequence[Score]) -> str:
+    """All of it as JSON, in which a number that is not finite is null, as in run.json."""
+    from pydantic_core import to_json
+
+    from coldpress.evaluate.timing import machine_state
+
+    paths = {label: str(one.path) for label, one in models.items()}
+    record = {"models": paths, "scores": scores, "machine": machine_state()}
+    return to_json(record, indent=2, inf_nan_mode="null").decode()
 
 
 def _show(scores: Sequence[Any], labels: Sequence[str]) -> None:
