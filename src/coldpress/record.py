@@ -355,7 +355,9 @@ class TrialRecord(_Part):
     why: str = ""
     """What stopped it."""
     violation: float = 0.0
-    """How much its goals lack, as a share of what they ask, added up."""
+    """How much its goals lack, as a share of what they ask, added up; at least so much where not all are `judged`."""
+    judged: bool = True
+    """Whether every goal is."""
     scores: tuple[ScoreRecord, ...] = ()
     """What was measured of it."""
     seconds: float = 0.0
@@ -394,7 +396,7 @@ class SearchRecord(_Part):
     met: bool
     """Whether it meets every goal."""
     nearest: tuple[int, ...] = ()
-    """Where nothing met the goals: the trials that lack the least."""
+    """Where nothing met the goals: the trials that lack the least as far as is known, those without a model last."""
     config: Mapping[str, Any] | None = None
     """The config of the winner alone, without the search."""
     steps_run: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from coldpress.record import ParityRecord, RunRecord, ScoreRecord, StepRecord
 from coldpress.units import quantity, spread
@@ -17,6 +18,7 @@ __all__ = [
     "Comparison",
     "Measured",
     "comparisons",
+    "lacks_text",
     "models_of",
     "number_name",
     "parity_text",
@@ -116,6 +118,20 @@ def comparisons(record: RunRecord) -> list[Comparison]:
     if len(sizes) > 1 and not any("size_on_disk" in key or key[1] == "bytes" for key in rows):
         found.append(Comparison("weights on disk", "bytes", False, sizes))
     return found
+
+
+class _Lacking(Protocol):
+    """A trial of a search that misses goals."""
+
+    @property
+    def violation(self) -> float: ...
+    @property
+    def judged(self) -> bool: ...
+
+
+def lacks_text(trial: _Lacking) -> str:
+    """How much a trial lacks of its goals together; the least that it may, where not all of them were judged."""
+    return f"lacks {'' if trial.judged else 'at least '}{quantity(100 * trial.violation, '%')}"
 
 
 def models_of(record: RunRecord) -> list[str]:

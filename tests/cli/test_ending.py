@@ -127,9 +127,9 @@ def test_the_command_of_a_search_that_met_nothing(workflow: Callable[..., dict[s
     end = done.stdout.rstrip().splitlines()
     at = next(place for place, line in enumerate(end) if "none of 3 trials meets every goal" in line)
     assert [line.strip() for line in end[at + 1 : at + 4]] == [
-        "trial 2 (a 5): loss 5, wanted at most 4",
-        "trial 3 (a 7): loss 7, wanted at most 4",
-        "trial 1 (a 9): loss 9, wanted at most 4",
+        "trial 2 (a 5) lacks 25 %: loss 5, wanted at most 4",
+        "trial 3 (a 7) lacks 75 %: loss 7, wanted at most 4",
+        "trial 1 (a 9) lacks 125 %: loss 9, wanted at most 4",
     ]
     assert end[-1].split() == ["record", str(tmp_path / "output" / "run.json")]
     assert coldpress("run", str(path), "search_strategy.sampler=tpe", cwd=tmp_path).returncode == 3
@@ -146,5 +146,8 @@ def test_the_command_of_a_search_of_which_nothing_can_meet_the_goals(
     path.write_text(json.dumps(document))
     done = coldpress("run", str(path), cwd=tmp_path)
     assert done.returncode == 3, done.stderr
-    assert "trial 2 (weights 2000): size: its weights alone are 2.0 kB, allowed are 1.0 kB" in done.stderr
+    assert (
+        "trial 2 (weights 2000) lacks at least 100 %: size: its weights alone are 2.0 kB, allowed are 1.0 kB"
+        in done.stderr
+    )
     assert "loosen the goal, or widen the space" in done.stderr

@@ -200,6 +200,45 @@ def test_without_a_feasible_trial_the_nearest_is_handed_over(search: Any) -> Non
     assert (ended.winner, ended.feasible) == (2, 0)
 
 
+def of_two(first: float, second: float) -> dict[str, Any]:
+    return {"type": "Fake", "a": first, "figures": {"other": second, "dear": 1}}
+
+
+def test_what_may_lack_the_least_is_measured_on_until_one_is_known_to(search: Any, tmp_path: Path) -> None:
+    """Both are to be at most 10; a trial ends at the first that it misses, so of three of them one figure is known."""
+    settings = [of_two(10.1, 20), of_two(10.2, 10.1), of_two(10, 10.9), of_two(10.4, 10)]
+    metrics = [custom("loss", **at_most(10)), custom("other", **at_most(10)), custom("dear", priority=1)]
+    result, events = search([], *metrics, more={"passes": {"only": settings}})
+    found = result.search
+    assert [trial.violation for trial in found.trials] == pytest.approx([1.01, 0.03, 0.09, 0.04])
+    assert [trial.judged for trial in found.trials] == [True, True, True, False]
+    assert (found.winner, found.nearest) == (2, (2, 4, 3))
+    assert found.trials[1].why == "loss 10.2, wanted at most 10; other 10.1, wanted at most 10"
+    assert (
+        found.why
+        == f"no trial meets every goal; of the models there are this one lacks the least: {found.trials[1].why}"
+    )
+    assert sum(score.goal.margin for score in result.unmet) == pytest.approx(-0.3)
+    assert [event.number for event in events if isinstance(event, TrialFinished)] == [1, 2, 3, 4, 1, 2]
+    dear = [line for line in calls(tmp_path) if line.startswith("dear")]
+    assert len(dear) == 1, "of what misses a goal only the other goals are measured, until it is handed over"
+
+
+def test_what_is_measured_on_ends_where_it_lacks_more_than_the_best_known(search: Any, tmp_path: Path) -> None:
+    settings = [of_two(10, 10.3), of_two(10.1, 10.5), of_two(10.2, 99)]
+    metrics = [
+        custom("loss", **at_most(10)),
+        custom("other", **at_most(10)),
+        custom("dear", priority=1, **at_most(0.9)),
+    ]
+    result, _ = search([], *metrics, more={"passes": {"only": settings}})
+    found = result.search
+    # The first misses two: 3 % and 11 %. The others are measured on up to that: 1 + 5 + 11 %, and 2 + 890 %.
+    assert [trial.violation for trial in found.trials] == pytest.approx([0.03 + 1 / 9, 0.06 + 1 / 9, 8.92])
+    assert [trial.judged for trial in found.trials] == [True, True, False]
+    assert (found.winner, found.nearest) == (1, (1, 2, 3))
+
+
 def test_limits_end_a_search(search: Any) -> None:
     steps, metric = [{"a": [9, 5, 3, 1]}], custom("loss", priority=1, **at_most(6))
     result, _ = search(steps, metric, stop_when_goals_met=True)

@@ -78,11 +78,11 @@ def test_nearest_are_those_that_lack_the_least() -> None:
     trials = [
         trial(1, score("q", 0.5, lacks=0.5), state="infeasible"),
         trial(2, score("q", 0.9, lacks=0.1), state="infeasible"),
-        Trial(3, {}, {}, "pruned", violation=0.2),
+        Trial(3, {}, {}, "pruned", violation=0.05, judged=False),
         Trial(4, {}, {}, "failed", why="a bug"),
         Trial(5, {}, {}, "pruned", why="refused"),
     ]
-    assert [one.number for one in nearest(trials)] == [2, 3, 1]
+    assert [one.number for one in nearest(trials)] == [2, 1, 3], "what a plan knows is the least that it may lack"
     assert trials[1].told == pytest.approx(0.1)
     assert trials[3].told > trials[0].told > 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coldpress.record import RunRecord, read_run
 from coldpress.report.page import REPORT_FILE
-from coldpress.summary import Comparison, comparisons
+from coldpress.summary import Comparison, comparisons, lacks_text
 from coldpress.units import duration, settings_text, size
 
 __all__ = ["LINES", "ending"]
@@ -57,8 +57,9 @@ def _search(run: RunRecord) -> Iterator[tuple[str, str]]:
         return
     yield "search", f"none of {len(trials)} trials meets every goal; trial {found.winner} is handed over; the nearest:"
     for number in found.nearest[:_NEAREST]:
-        settings = _cut(settings_text(trials[number].settings), _SETTINGS)
-        yield "", f"trial {number} ({settings}): {_cut(trials[number].why, _WHY)}"
+        trial = trials[number]
+        settings = _cut(settings_text(trial.settings), _SETTINGS)
+        yield "", f"trial {number} ({settings}) {lacks_text(trial)}: {_cut(trial.why, _WHY)}"
 
 
 def _cut(text: str, width: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.record import ObjectiveRecord, ScoreRecord, SearchRecord, TrialRecord
 from coldpress.report.charts import COLOURS, Chart, plain
-from coldpress.summary import Measured, number_name, score_name
+from coldpress.summary import Measured, lacks_text, number_name, score_name
 from coldpress.units import duration, plain_value, settings_text
 
 __all__ = ["history_chart", "pareto_chart", "trial_rows"]
@@ -248,6 +248,7 @@ def trial_rows(search: SearchRecord) -> list[dict[str, Any]]:
             "settings": settings_text(trial.settings),
             "state": _state(trial),
             "figures": "; ".join(f"{score_name(s)} {_figure(s)}" for s in trial.scores),
+            "lacks": lacks_text(trial),
             "time": duration(trial.seconds) if trial.seconds else "",
             "front": trial.number in search.front and len(search.objectives) > 1,
             "winner": trial.number == search.winner,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import queue
 import threading
 import time
@@ -48,6 +49,7 @@ from coldpress.search.recorded import figures, search_record
 from coldpress.search.samplers import check_sampler, make_sampler
 from coldpress.search.trial_run import Asked, Bench, Planned, again, plan_trial, run_trial
 from coldpress.search.trials import Choice, Trial, choose, nearest, ranked
+from coldpress.summary import lacks_text
 from coldpress.units import settings_text
 
 __all__ = ["search"]
@@ -211,7 +213,8 @@ class _Search:
         if not deeper:
             return any(trial.state == "feasible" for trial in found)
         for trial in ranked(found, self.objectives):
-            if self._certain(trial, upto).state != "failed" and self._descend(deeper, trial.point):
+            certain = trial if trial.proved else self._certain(trial, upto)
+            if certain.state != "failed" and self._descend(deeper, trial.point):
                 return True
         return False
 
@@ -309,11 +312,9 @@ class _Search:
         self._tell(trial)
         return trial
 
-    def _certain(self, trial: Trial, steps: int | None) -> Trial:
-        """A trial that is to be handed over or gone on with, proved now if it was not."""
-        if trial.proved:
-            return trial
-        asked = Asked(trial.number, trial.point, trial.settings, steps, certain=True)
+    def _certain(self, trial: Trial, steps: int | None, lacking: float = 0.0) -> Trial:
+        """A trial that is to be handed over or gone on with, proved now, and measured on while it lacks no more."""
+        asked = Asked(trial.number, trial.point, trial.settings, steps, certain=True, lacking=lacking)
         planned = plan_trial(asked, self.loaded, self._bench.baselines, trust_remote_code=self.trust)
         found = dataclasses.replace(self._try(planned), same_as=trial.same_as)
         self.trials[trial.number - 1] = found
@@ -367,20 +368,26 @@ class _Search:
         return before, dataclasses.replace(found, workflow=kept)
 
     def _final(self) -> Choice:
-        """What is handed over: the best of those whose proof holds."""
+        """What is handed over: the best of those whose proof holds.
+
+        Where none meets the goals, whoever may lack the least is measured on, until one is known to lack no more.
+        """
         while True:
             choice = self._choice() or self._nearest(self._whole())
-            if choice.trial.proved:
+            if choice.trial.proved and choice.trial.judged:
                 return choice
-            self._certain(choice.trial, None)
+            known = [one.violation for one in nearest(self._whole(), len(self.trials)) if one.proved and one.judged]
+            self._certain(choice.trial, None, min(known, default=math.inf))
 
     def _nearest(self, trials: list[Trial]) -> Choice:
         """Of trials of which none meets the goals, the one with a model that lacks the least."""
         near = [trial for trial in nearest(trials, len(trials)) if trial.key is not None]
         if near:
-            return Choice(near[0], f"no trial meets every goal; this one lacks the least: {near[0].why}")
+            why = f"no trial meets every goal; of the models there are this one lacks the least: {near[0].why}"
+            return Choice(near[0], why)
         listed = "".join(
-            f"\n  trial {one.number} ({settings_text(one.settings)}): {one.why}" for one in nearest(trials)
+            f"\n  trial {one.number} ({settings_text(one.settings)}) {lacks_text(one)}: {one.why}"
+            for one in nearest(trials)
         )
         if listed:
             raise UnmetError(

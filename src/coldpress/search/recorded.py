@@ -87,6 +87,7 @@ def _trial(trial: Trial, *, whole: bool) -> TrialRecord:
         state=trial.state,
         why=trial.why,
         violation=trial.violation,
+        judged=trial.judged,
         scores=tuple(ScoreRecord.model_validate(dataclasses.asdict(score)) for score in trial.scores),
         seconds=round(trial.seconds, 3),
         key=trial.key,

@@ -52,6 +52,8 @@ class Asked:
     """What it competes with: where one of them is no worse, nothing dear is done for it."""
     certain: bool = False
     """Its last step is to be proved, whatever is known of it before."""
+    lacking: float = 0.0
+    """What it may lack of its goals and be measured on, to know how much it lacks in all."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def plan_trial(
     """
 
     def out(why: str, violation: float = 0.0, reason: str = "") -> Planned:
-        trial = _trial(asked, "pruned", why=why, violation=violation)
+        trial = _trial(asked, "pruned", why=why, violation=violation, judged=False)
         return Planned(asked, refused=trial, reason=reason or why)
 
     try:
@@ -169,7 +171,7 @@ def run_trial(asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> Trial:
         raise
     except ColdpressError as error:
         return _trial(
-            asked, "failed", why=_first_line(error), scores=tuple(run.scores), key=run.key,
+            asked, "failed", why=_first_line(error), scores=tuple(run.scores), key=run.key, judged=False,
             seconds=time.perf_counter() - started,
         )  # fmt: skip
     unmet = missed(run.judged)
@@ -178,7 +180,8 @@ def run_trial(asked: Asked, plan: Plan, crew: Crew, bench: Bench) -> Trial:
         asked,
         "unproved" if beaten else "infeasible" if unmet else "feasible",
         why=f"trial {run.beaten_by} is no worse" if beaten else "; ".join(_said(score) for score in unmet),
-        violation=total_violation(run.judged),
+        violation=run.lacks,
+        judged=not (run.left_out or beaten or run.key is None or asked.steps is not None),
         scores=tuple(run.scores),
         key=run.key,
         seconds=time.perf_counter() - started,
@@ -196,14 +199,21 @@ class _Run:
         self.scores: list[Score] = []
         self.judged: list[Score] = []
         """Scores whose goals decide."""
+        self.left_out = False
+        """Whether a goal was not judged, because others were missed."""
         self.key: str | None = None
         """Of the last step, once it is done."""
         self.proved = False
         self.beaten_by: int | None = None
         """Number of a rival that is no worse."""
 
+    @property
+    def lacks(self) -> float:
+        """Of its goals together, as far as they were judged."""
+        return total_violation(self.judged)
+
     def go(self) -> None:
-        """All steps; after each what its evaluator asks, until a goal is missed."""
+        """All steps; after each what its evaluator asks, until it lacks more than it may."""
         model, key = input_artifact(self.plan), self.plan.input_key
         assert key is not None
         self.evaluation.input(model, key)
@@ -230,22 +240,24 @@ class _Run:
                 self.proved = step.limits is None or self.asked.certain or (met and self._in_race(step))
                 if self.proved:
                     self.steps.prove(step, before, entry)
-            if not met or self.beaten_by is not None:
+            if self.beaten_by is not None:
                 return
             if not self._measured([one for one in metrics if not is_cheap(one[0])], step, model, key):
                 return
 
     def _measured(self, metrics: Sequence[tuple[Metric, bool]], step: Step, model: Artifact, key: str) -> bool:
-        """Measure a result; False as soon as a goal is missed."""
+        """Measure a result, of one that misses a goal only the other goals; False where it lacks more than it may."""
         whole = self.asked.steps is None
         for metric, decides in metrics:
+            goals = any(sub.goal is not None for sub in metric.sub_types)
+            if whole and self.lacks > (self.asked.lacking if goals else 0.0):
+                self.left_out = self.left_out or goals
+                continue
             found = self.evaluation.measure(metric, step.name, model, key, decides=decides)
             self.scores += found
             if whole or metric.type in _QUALITY:
                 self.judged += found
-            if whole and missed(found):
-                return False
-        return True
+        return not whole or self.lacks <= self.asked.lacking
 
     def _in_race(self, step: Step) -> bool:
         """Whether the last step's result may still be chosen, as far as is known before its proof."""

@@ -49,7 +49,9 @@ class Trial:
     """What stopped it; empty for a feasible one."""
     scores: tuple[Score, ...] = field(default=(), repr=False)
     violation: float = 0.0
-    """Of all goals together: 0 for a feasible trial, and beyond any goal's for one without a model."""
+    """Of its goals together: 0 for a feasible trial. The least that it may be, where not all of them are `judged`."""
+    judged: bool = True
+    """Whether every goal is; what misses one is measured no further, and of a plan the size alone is known."""
     key: str | None = None
     """Of its last step in the store; None where there is no model."""
     seconds: float = 0.0
@@ -165,9 +167,9 @@ def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Tria
 
 
 def nearest(trials: Sequence[Trial], count: int = 3) -> list[Trial]:
-    """Of the trials that miss goals, those that lack the least."""
+    """Of the trials that miss goals, those that lack the least as far as is known; those without a model come last."""
     near = [one for one in trials if one.state in ("infeasible", "pruned") and one.violation and one.same_as is None]
-    return sorted(near, key=lambda one: (one.violation, one.number))[:count]
+    return sorted(near, key=lambda one: (one.key is None, one.violation, one.number))[:count]
 
 
 def total_violation(scores: Sequence[Score]) -> float:
