@@ -75,7 +75,11 @@ def test_sure_beyond_two_standard_errors_of_both() -> None:
     slow = Measured(100, False, 10)
     assert judge(percent, Measured(39, False, 0), slow).sure  # margin 11, error 5
     assert not judge(percent, Measured(41, False, 0), slow).sure
-    assert judge(asked, Measured(0.1), Measured(0.9)).sure, "nothing is known against it"
+    assert judge(asked, Measured(0.1, True, 0.0), Measured(0.9, True, 0.0)).sure, "known exactly"
+    assert not judge(asked, Measured(0.1, True, 0.01), Measured(0.9)).sure, (
+        "how exactly the input is known nobody knows"
+    )
+    assert not judge(goal("threshold", 0.8), Measured(0.1), None).sure
 
 
 def test_a_relative_goal_needs_a_baseline() -> None:

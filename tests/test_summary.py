@@ -86,8 +86,9 @@ def test_models_stand_in_the_order_of_the_run_whatever_was_measured_first() -> N
         (0.60, 0.50, 0.03, True, "worse"),
         (0.50, 0.60, 0.03, False, "worse"),
         (0.50, 0.58, 0.03, True, "the same"),  # 0.08 is within 2 sqrt(2) 0.03 = 0.085
-        (0.50, 0.50, None, True, "the same"),
-        (0.50, 0.51, None, True, "better"),
+        (0.50, 0.50, 0.0, True, "the same"),
+        (0.50, 0.51, 0.0, True, "better"),
+        (0.50, 0.51, None, True, ""),
         (None, 0.51, None, True, ""),
     ],
 )
@@ -103,7 +104,7 @@ def test_one_side_alone_is_no_comparison() -> None:
     assert (only_after.before, only_after.change, only_after.judgement) == (None, "", "")
     only_before = Comparison("x", "share", True, {"input": Measured(0.5, 0.1)})
     assert (only_before.after, only_before.change) == (None, "")
-    nothing_before = Comparison("x", "ms", False, {"input": Measured(0.0, None), "end": Measured(2.0, None)})
+    nothing_before = Comparison("x", "ms", False, {"input": Measured(0.0, 0.0), "end": Measured(2.0, 0.0)})
     assert (nothing_before.change, nothing_before.judgement) == ("", "worse")
 
 
@@ -133,12 +134,13 @@ def test_a_comparison_that_is_not_a_number() -> None:
 
 def test_measured_values_as_people_read_them() -> None:
     measured = [(0.945, "share"), (5.2e6, "bytes"), (12.3456, "ms"), (123456.7, "tokens/s")]
+    errors = [(0.016, "share"), (0.1234, "ms"), (None, "ms"), (1e6, "bytes"), (0.0, "bytes")]
     assert [quantity(*one) for one in measured] == ["94.5 %", "5.2 MB", "12.35 ms", "123,457 tokens/s"]
     assert [quantity(None, "ms"), quantity(float("nan"), "ms"), quantity(2.0, "")] == [
         "not a number",
         "not a number",
         "2",
     ]
-    assert [spread(0.016, "share"), spread(0.1234, "ms"), spread(None, "ms"), spread(1e6, "bytes")] == [
-        "± 1.6", "± 0.12", "", "± 1.0 MB",
+    assert [spread(error, unit) for error, unit in errors] == [
+        "± 1.6", "± 0.12", "", "± 1.0 MB", "",
     ]  # fmt: skip

@@ -64,10 +64,12 @@ def judge(goal: Goal, score: Measured, baseline: Measured | None) -> GoalOutcome
     """Whether a score meets a goal, and by how much in its own unit."""
     wanted = bound(goal, baseline, higher_is_better=score.higher_is_better)
     margin = score.value - wanted if score.higher_is_better else wanted - score.value
-    errors = [score.standard_error or 0.0]
+    errors = [score.standard_error]
     if is_relative(goal) and baseline is not None:
-        errors.append((baseline.standard_error or 0.0) * _share_of_baseline(goal, score.higher_is_better))
-    error = math.hypot(*errors)
+        theirs, share = baseline.standard_error, _share_of_baseline(goal, score.higher_is_better)
+        errors.append(None if theirs is None else theirs * share)
+    known = [error for error in errors if error is not None]
+    error = math.hypot(*known) if len(known) == len(errors) else math.inf
     return GoalOutcome(
         type=goal.type,
         value=goal.value,

@@ -259,7 +259,7 @@ class GoalRecord(_Part):
     margin: float = 0.0
     """By how much, in its own unit; what lacks is negative."""
     sure: bool = True
-    """Whether the margin is more than two standard errors away from nothing."""
+    """Whether the margin is more than two standard errors away from nothing; not where an error is unknown."""
 
 
 class ScoreRecord(_Part):
@@ -280,7 +280,7 @@ class ScoreRecord(_Part):
     n: int
     """What it was measured on: records, tokens, repeats."""
     standard_error: float | None = None
-    """Null where there is nothing to estimate it from."""
+    """0 of what is exact, such as a size; null where there is nothing to estimate it from."""
     goal: GoalRecord | None = None
     """What the config asked of it."""
     priority: int = -1

@@ -21,7 +21,7 @@ class Measurement:
     n: int
     """What it was measured on: records, tokens, repeats."""
     standard_error: float | None
-    """None where there is nothing to estimate it from: a size, a single run."""
+    """0 of what is exact (a size); None where there is nothing to estimate it from: a single run, text or prompt."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured: repeats, warm-up, load of the machine ..."""
 
@@ -39,7 +39,7 @@ class GoalOutcome:
     margin: float
     """By how much, in the score's unit: positive is better than asked, negative is what lacks."""
     sure: bool
-    """Whether the margin is more than two standard errors away from nothing."""
+    """Whether the margin is more than two standard errors away from nothing; not where an error is unknown."""
 
 
 @dataclass(frozen=True)

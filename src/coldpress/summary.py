@@ -76,11 +76,16 @@ class Comparison:
 
     @property
     def judgement(self) -> str:
-        """better, worse, the same (within two standard errors), or empty where nothing can be said."""
+        """better, worse, the same (within two standard errors), or empty where nothing can be said.
+
+        Nothing can where an error is not known; that of a size is 0.
+        """
         if self.before is None or self.after is None or self.before.value is None or self.after.value is None:
             return ""
+        if self.before.error is None or self.after.error is None:
+            return ""
         difference = self.after.value - self.before.value
-        error = math.hypot(self.before.error or 0.0, self.after.error or 0.0)
+        error = math.hypot(self.before.error, self.after.error)
         if abs(difference) <= SURE * error or difference == 0:
             return "the same"
         return "better" if (difference > 0) == self.higher_is_better else "worse"
@@ -141,10 +146,10 @@ def models_of(record: RunRecord) -> list[str]:
 
 def _sizes(record: RunRecord) -> dict[str, Measured]:
     known = {step.name: step.model for step in record.steps if step.model is not None}
-    sizes = {name: Measured(float(model.bytes), None) for name, model in known.items()}
+    sizes = {name: Measured(float(model.bytes), 0.0) for name, model in known.items()}
     if record.input_model is None:
         return sizes
-    return {INPUT: Measured(float(record.input_model.bytes), None), **sizes}
+    return {INPUT: Measured(float(record.input_model.bytes), 0.0), **sizes}
 
 
 def parity_text(parity: ParityRecord) -> str:

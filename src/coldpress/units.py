@@ -59,8 +59,8 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def spread(error: float | None, unit: str) -> str:
-    """A standard error to stand behind its value; empty where there is none."""
-    if error is None or not math.isfinite(error):
+    """A standard error to stand behind its value; empty where there is none, or it is exact."""
+    if not error or not math.isfinite(error):
         return ""
     if unit == "share":
         return f"± {100 * error:.1f}"

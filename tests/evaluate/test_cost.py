@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from coldpress.config.metrics import GenerationMetric, LatencyMetric, LoadTimeMe
 from coldpress.errors import PlanError, StepError
 from coldpress.evaluate.bench import Bench
 from coldpress.evaluate.measure import measure, refusal
+from coldpress.evaluate.timing import Rounds
 from coldpress.events import Message
 from fakes.tiny_models import make_encoder
 
@@ -53,6 +55,23 @@ def test_throughput_is_latency_the_other_way_up(tiny_onnx: Artifact, make_data: 
     assert (found.unit, found.higher_is_better) == ("sequences/s", True)
     assert found.details["batches"] == 3, "seven records, and the last one alone is another piece of work"
     assert found.value > 0
+
+
+def test_rounds_beside_each_other_are_one_witness(
+    tiny_onnx: Artifact, bench_of: Benches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of five equal rounds; of batches of one size the errors of both figures are the same share of them."""
+    seconds = [1.0] * 5 + [2.0] * 5 + [1.5] * 5
+    bench = bench_of(tiny_onnx)
+
+    def shares(count: int) -> list[float | None]:
+        rounds = Rounds({"m": seconds[:count]}, count, 0, True, {"m": 0.1}, 1.0, {"load": 0.0})
+        monkeypatch.setattr("coldpress.evaluate.cost.alternate", lambda *_, **__: rounds)
+        found = [measure(timed(kind, "avg"), {"m": bench})["m"][0] for kind in ("latency", "throughput")]
+        return [None if one.standard_error is None else one.standard_error / one.value for one in found]
+
+    assert shares(15) == pytest.approx([math.sqrt(2) * 2.5 / 15 / 1.5] * 2)
+    assert shares(5) == [None, None], "of one block"
 
 
 def test_every_batch_is_run(

@@ -63,8 +63,18 @@ def test_bootstrap_of_a_mean_is_its_formula() -> None:
         assert drawn == pytest.approx(mean_error(values.tolist(), groups)[1], rel=0.05)
 
 
+def test_a_single_cluster_has_no_error() -> None:
+    assert mean_error([3.0]) == (3.0, None)
+    assert mean_error([1.0, 0.0, 1.0, 0.0], ["a"] * 4) == (0.5, None)
+    assert ratio_error([8.0], [2.0]) == (4.0, None)
+    rng = np.random.default_rng(0)
+    assert bootstrap_error(lambda rows: 1.0, 4, rng, clusters=["a"] * 4) is None
+    assert bootstrap_error(lambda rows: 1.0, 1, rng) is None
+    assert mean_error([2.0, 2.0]) == (2.0, 0.0), "two that agree are something else"
+
+
 def test_the_seed_decides() -> None:
-    def error(seed: int) -> float:
+    def error(seed: int) -> float | None:
         return bootstrap_error(lambda rows: float(rows.mean()), 30, np.random.default_rng(seed), resamples=50)
 
     assert error(1) == error(1)

@@ -17,7 +17,7 @@ from coldpress.search.trials import Trial, choose, dominates, front, nearest, no
 SPEED, QUALITY = Objective("speed", "speed", 1), Objective("quality", "quality", 2)
 
 
-def score(name: str, value: float, *, higher: bool = True, error: float | None = None, lacks: float = 0.0) -> Score:
+def score(name: str, value: float, *, higher: bool = True, error: float | None = 0.0, lacks: float = 0.0) -> Score:
     goal = None
     if lacks:
         goal = GoalOutcome("threshold", value + lacks, value + lacks, False, -lacks, True)
@@ -49,6 +49,14 @@ def test_within_noise_the_next_objective_decides_and_then_the_figure() -> None:
     # 10.5, 10.4 and 10.0 are level (two standard errors of the difference are 0.85); of these two have quality 5.
     assert choice.trial.number == 4
     assert "3 are, within two standard errors" in choice.why
+
+
+def test_a_figure_of_no_known_error_counts_as_it_stands() -> None:
+    trials = [trial(n, score("speed", 10 + n, error=None), score("quality", -n)) for n in (1, 2)]
+    choice = choose(trials, [SPEED, QUALITY])
+    assert choice is not None
+    assert choice.trial is trials[1]
+    assert choice.why == "of 2 that meet every goal, the best in speed, 12 (its error is not known)"
 
 
 def test_a_lower_is_better_number_is_turned_round() -> None:
@@ -132,8 +140,8 @@ def test_what_is_not_known_exactly_puts_nobody_out_of_the_race() -> None:
     assert no_worse([better], [rival], [SPEED]) is rival
     assert no_worse([better], [rival], [SPEED, QUALITY]) is None, "not measured yet"
     assert no_worse([better, score("quality", 1, error=0.1)], [rival], [SPEED, QUALITY]) is None
-    noisy = trial(1, score("speed", 9, error=0.1))
-    assert no_worse([better], [noisy], [SPEED]) is None
+    for error in (0.1, None):
+        assert no_worse([better], [trial(1, score("speed", 9, error=error))], [SPEED]) is None
     for state in ("infeasible", "unproved", "failed"):
         assert no_worse([better], [trial(1, score("speed", 9), state=state)], [SPEED]) is None
 

@@ -32,7 +32,7 @@ from coldpress.systems.job import artifact_to_dict
 __all__ = ["INPUT", "Baselines", "Evaluation"]
 
 INPUT = "input"
-_VERSION = 2
+_VERSION = 3
 """Part of the key of a cached score; raised when a score would come out differently."""
 _LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "lm-eval", "evaluate", "torchmetrics")
 _UNMEASURED = {"name", "batch_size", "data_config"}

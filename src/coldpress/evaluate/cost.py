@@ -144,7 +144,7 @@ def _spread(
     if name == "avg":
         value, error = mean_error(values.tolist(), together)
         if better:  # sequences over seconds, not the mean of their quotients
-            value, error = ratio_error(sizes.tolist(), seconds.tolist())
+            value, error = ratio_error(*_by_block(sizes.tolist(), seconds.tolist()))
     else:
         summary = {"min": np.min, "max": np.max}.get(name) or (lambda part: quantile(part, _QUANTILES[name]))
         value = float(summary(values))
@@ -291,8 +291,7 @@ def _of_probes(metric: Any, probes: Mapping[str, Sequence[Mapping[str, Any]]], u
         found[label] = []
         for sub in metric.sub_types:
             value, error = mean_error([float(one[sub.name]) for one in each])
-            spread = error if len(each) > 1 else None
-            found[label].append(Measurement(sub.name, value, unit, False, len(each), spread, details))
+            found[label].append(Measurement(sub.name, value, unit, False, len(each), error, details))
     return found
 
 

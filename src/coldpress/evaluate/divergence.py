@@ -167,9 +167,9 @@ class Comparison:
     """Of the logarithm of their ratio."""
     tokens: int
     """Positions compared."""
-    kl_error: float
+    kl_error: float | None
     """Standard error of the mean KL divergence."""
-    top1_error: float
+    top1_error: float | None
     """Standard error of the agreement."""
 
 
@@ -266,7 +266,7 @@ class _Sums:
             perplexity=_perplexity(self.loss_q / n),
             standard_error=error,
             tokens=n,
-            kl_error=ratio_error(kls, counts)[1] if math.isfinite(kl) else 0.0,
+            kl_error=ratio_error(kls, counts)[1] if math.isfinite(kl) else None,
             top1_error=ratio_error(agreements, counts)[1],
         )
 

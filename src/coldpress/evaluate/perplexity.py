@@ -53,9 +53,9 @@ class Surprise:
 
     loss: float
     """Nats a token."""
-    loss_error: float
+    loss_error: float | None
     bits_per_byte: float
-    bits_error: float
+    bits_error: float | None
     tokens: int
     """Scored ones."""
 
@@ -76,7 +76,7 @@ def measure(metric: PerplexityMetric, bench: Bench) -> list[Measurement]:
     )  # fmt: skip
     perplexity = found.perplexity
     made = {
-        "perplexity": (perplexity, "", perplexity * found.loss_error),
+        "perplexity": (perplexity, "", None if found.loss_error is None else perplexity * found.loss_error),
         "loss": (found.loss, "nats/token", found.loss_error),
         "bits_per_byte": (found.bits_per_byte, "bits/byte", found.bits_error),
     }

@@ -22,7 +22,7 @@ def measure(metric: SizeMetric, bench: Bench) -> list[Measurement]:
     """Bytes of a model, its adapter and its tokenizer."""
     files = files_to_run(bench.model)
     total = sum(path.stat().st_size for path in files)
-    return [Measurement(sub.name, float(total), "bytes", False, len(files), None) for sub in metric.sub_types]
+    return [Measurement(sub.name, float(total), "bytes", False, len(files), 0.0) for sub in metric.sub_types]
 
 
 def files_to_run(model: Artifact) -> list[Path]:

@@ -6,6 +6,7 @@
 
 With clusters of one the first is sqrt(p (1 - p) / n) of a share. Everything else (F1, a percentile) is resampled:
 clusters are drawn with replacement, the statistic is computed again, and the spread is its error (Efron 1979).
+A single cluster says nothing of how much clusters differ: then there is no error, which is None, and not 0.
 """
 
 from __future__ import annotations
@@ -24,22 +25,24 @@ RESAMPLES = 1000
 """Draws of a bootstrap; the error of the error is about 2 %."""
 
 
-def mean_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
+def mean_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of values; each is its own cluster unless they are named."""
     n = len(values)
     mean = math.fsum(values) / n
-    if clusters is None:
-        return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values)) / n
     sums: dict[Hashable, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
+    for value, cluster in zip(values, range(n) if clusters is None else clusters, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    if len(sums) < 2:
+        return mean, None
     return mean, math.sqrt(math.fsum(total**2 for total in sums.values())) / n
 
 
-def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
+def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float | None]:
     """(sum a / sum b, its standard error) of clusters with a and b each: a loss a token over texts of any length."""
     whole = math.fsum(denominators)
     ratio = math.fsum(numerators) / whole
+    if len(denominators) < 2:
+        return ratio, None
     spread = math.fsum((a - ratio * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
     return ratio, math.sqrt(spread) / whole
 
@@ -51,7 +54,7 @@ def bootstrap_error(
     *,
     clusters: Sequence[Hashable] | None = None,
     resamples: int = RESAMPLES,
-) -> float:
+) -> float | None:
     """Standard error of `statistic`, a function of the positions (0 to n - 1) that a sample holds."""
     import numpy as np
 
@@ -61,6 +64,8 @@ def bootstrap_error(
         for place, cluster in enumerate(clusters):
             found.setdefault(cluster, []).append(place)
         members = [np.array(places) for places in found.values()]
+    if len(members) < 2:
+        return None
     alone = len(members) == n
     values = []
     for _ in range(resamples):

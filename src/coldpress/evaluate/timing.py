@@ -103,6 +103,7 @@ def _width(seconds: Sequence[float]) -> float:
     if len(seconds) < 2 * BLOCK:
         return math.inf
     mean, error = mean_error(seconds, blocks(len(seconds)))
+    assert error is not None  # of two blocks or more
     freedom = len(seconds) // BLOCK - 1
     factor = _STUDENT_95[freedom - 1] if freedom <= len(_STUDENT_95) else 1.96 + 2.5 / freedom
     return factor * math.sqrt((freedom + 1) / freedom) * error / mean

@@ -105,7 +105,7 @@ def _sizes(plan: Plan) -> Baselines:
         (evaluation.identity(metric), sub.name): Score.of(
             INPUT,
             metric.name,
-            Measurement(sub.name, total, "bytes", False, len(files), None),
+            Measurement(sub.name, total, "bytes", False, len(files), 0.0),
             priority=-1,
             cached=False,
         )

@@ -305,5 +305,5 @@ def _said(score: Score) -> str:
     assert score.goal is not None
     name = Objective(score.metric, score.sub_type, 0)
     least = "at least" if score.higher_is_better else "at most"
-    sure = "" if score.goal.sure else ", within two standard errors"
+    sure = "" if score.goal.sure or score.standard_error is None else ", within two standard errors"
     return f"{name} {quantity(score.value, score.unit)}, wanted {least} {quantity(score.goal.bound, score.unit)}{sure}"

@@ -79,7 +79,8 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Choice |
     """The best feasible trial; None where there is none.
 
     Objective by objective: who is the best, and whoever differs from it by less than two standard errors, goes on to
-    the next. What is still equal then is decided by the first objective's value, and at last by the order of trials.
+    the next. A figure whose error is not known counts as it stands. What is still equal then is decided by the first
+    objective's value, and at last by the order of trials.
     """
     left = [trial for trial in trials if trial.state == "feasible" and trial.same_as is None]
     if not left:
@@ -92,7 +93,8 @@ def choose(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Choice |
             continue
         top, _ = min(scored, key=lambda pair: (loss(pair[0]), pair[1].number))
         left = [trial for score, trial in scored if not _differ(top, score)]
-        figure = f"{objective}, {quantity(top.value, top.unit)}"
+        unknown = " (its error is not known)" if top.standard_error is None else ""
+        figure = f"{objective}, {quantity(top.value, top.unit)}{unknown}"
         if len(left) == 1:
             reasons.append(f"the best in {figure}")
         else:
@@ -139,7 +141,7 @@ def dominates(mine: Sequence[float], theirs: Sequence[float]) -> bool:
 def no_worse(scores: Sequence[Score], rivals: Sequence[Trial], objectives: Sequence[Objective]) -> Trial | None:
     """The first of the rivals that is feasible and at least as good in every objective.
 
-    None as long as an objective was not measured, or has a standard error: within it either may be chosen.
+    None as long as an objective was not measured, or not exactly: within its error either may be chosen.
     """
     mine = _exact(scores, objectives)
     for rival in rivals:
@@ -152,7 +154,7 @@ def no_worse(scores: Sequence[Score], rivals: Sequence[Trial], objectives: Seque
 def _exact(scores: Sequence[Score], objectives: Sequence[Objective]) -> list[float] | None:
     """Losses of all objectives; None where one is not known, or not exactly."""
     found = [objective.of(scores) for objective in objectives]
-    known = [loss(score) for score in found if score is not None and not score.standard_error]
+    known = [loss(score) for score in found if score is not None and score.standard_error == 0]
     return known if len(known) == len(objectives) else None
 
 
