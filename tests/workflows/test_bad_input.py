@@ -111,12 +111,19 @@ def test_a_broken_record_is_named_by_line(project: Path, document: Document) -> 
     lines = (project / "train.jsonl").read_text().splitlines()
     lines[6] = '{"phrase": "cut'
     (project / "train.jsonl").write_text("\n".join(lines))
-    refused(project, document, DataError, "train.jsonl:7")
+    refused(project, document, ConfigError, "train.jsonl:7", "workflow.json:")  # the plan reads the first rows
+
+
+def test_a_broken_record_further_down_is_named_by_line(project: Path, document: Document) -> None:
+    lines = (project / "train.jsonl").read_text().splitlines()
+    lines[29] = '{"phrase": "cut'
+    (project / "train.jsonl").write_text("\n".join(lines))
+    refused(project, document, DataError, "train.jsonl:30")
 
 
 def test_a_column_that_is_not_there(project: Path, document: Document) -> None:
     document["data_configs"][0]["pre_process_data_config"]["text_template"] = "{phrase} -> {tome}"
-    refused(project, document, DataError, "tome", "phrase", "tone")
+    refused(project, document, ConfigError, "tome", "phrase", "tone", "workflow.json:")
 
 
 def test_target_modules_that_match_nothing(project: Path, document: Document) -> None:
