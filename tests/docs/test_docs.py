@@ -93,8 +93,8 @@ def test_the_table_of_a_measurement_is_printed_so(capsys: pytest.CaptureFixture[
             Score("model", "accuracy", "accuracy_score", 0.25, "share", True, 200, 0.0306),
             Score("output", "accuracy", "accuracy_score", 0.915, "share", True, 200, 0.0197),
             Score("output", "divergence", "kl", 5.1822, "nats/token", False, 4113, 0.0794),
-            Score("model", "size", "bytes", 14691155, "bytes", False, 6, None),
-            Score("output", "size", "bytes", 5503000, "bytes", False, 8, None),
+            Score("model", "size", "bytes", 14691155, "bytes", False, 6, 0.0),
+            Score("output", "size", "bytes", 5503000, "bytes", False, 8, 0.0),
         ],
         ["model", "output"],
     )
