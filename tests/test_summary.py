@@ -8,7 +8,7 @@ import pytest
 
 from coldpress.record import ErrorRecord, ModelRecord, ParityRecord, RunRecord, ScoreRecord, StepRecord
 from coldpress.summary import Comparison, Measured, comparisons, parity_text, verdict
-from coldpress.units import quantity, spread
+from coldpress.units import apart, quantity, spread, wanted
 
 MACHINE = {
     "system": "Linux",
@@ -144,3 +144,14 @@ def test_measured_values_as_people_read_them() -> None:
     assert [spread(error, unit) for error, unit in errors] == [
         "± 1.6", "± 0.12", "", "± 1.0 MB", "",
     ]  # fmt: skip
+
+
+def test_what_differs_is_not_written_alike() -> None:
+    assert apart(5_200_000, 6_600_000, "bytes") == ("5.2 MB", "6.6 MB")
+    assert apart(6_604_000, 6_600_000, "bytes") == ("6.604 MB", "6.600 MB")
+    assert apart(0.98004, 0.98, "share") == ("98.004 %", "98.000 %")
+    assert apart(12345.25, 12345.0, "") == ("12,345.2", "12,345.0")
+    assert apart(2.0, 2.0, "ms") == ("2 ms", "2 ms")
+    assert apart(None, 2.0, "ms") == ("not a number", "2 ms")
+    assert wanted(6_604_000, 6_600_000, "bytes", higher_is_better=False) == "6.604 MB, wanted at most 6.600 MB"
+    assert wanted(0.5, 0.75, "share", higher_is_better=True) == "50.0 %, wanted at least 75.0 %"

@@ -9,16 +9,27 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["duration", "parse_size", "plain_value", "quantity", "settings_text", "short_names", "size", "spread"]
+__all__ = [
+    "apart",
+    "duration",
+    "parse_size",
+    "plain_value",
+    "quantity",
+    "settings_text",
+    "short_names",
+    "size",
+    "spread",
+    "wanted",
+]
 
 
-def size(count: float | None) -> str:
-    """Bytes in powers of ten: `7.6 GB`."""
+def size(count: float | None, more: int = 0) -> str:
+    """Bytes in powers of ten: `7.6 GB`; with so many `more` digits."""
     if count is None:
         return "?"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
-            return f"{count / factor:.1f} {unit}"
+            return f"{count / factor:.{1 + more}f} {unit}"
     return f"{count:.0f} B"
 
 
@@ -46,16 +57,31 @@ def duration(seconds: float | None) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
-def quantity(value: float | None, unit: str) -> str:
-    """A measured value with its unit: a `share` in percent, `bytes` as a size."""
+def quantity(value: float | None, unit: str, more: int = 0) -> str:
+    """A measured value with its unit: a `share` in percent, `bytes` as a size; with so many `more` digits."""
     if value is None or not math.isfinite(value):
         return "not a number"
     if unit == "share":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.{1 + more}f} %"
     if unit == "bytes":
-        return size(value)
-    text = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        return size(value, more)
+    text = f"{value:,.{more}f}" if abs(value) >= 1e4 else f"{value:.{4 + more}g}"
     return f"{text} {unit}".rstrip()
+
+
+def apart(first: float | None, second: float | None, unit: str) -> tuple[str, str]:
+    """Two measured values, with as many digits as it takes to tell them apart."""
+    for more in range(12):
+        texts = quantity(first, unit, more), quantity(second, unit, more)
+        if texts[0] != texts[1] or first == second:
+            break
+    return texts
+
+
+def wanted(value: float | None, bound: float | None, unit: str, *, higher_is_better: bool) -> str:
+    """A measured value beside what a goal asks of it."""
+    have, asked = apart(value, bound, unit)
+    return f"{have}, wanted {'at least' if higher_is_better else 'at most'} {asked}"
 
 
 def spread(error: float | None, unit: str) -> str:

@@ -231,7 +231,7 @@ SEARCH: list[Event] = [
 def test_lines_of_a_search() -> None:
     lines = shown(Lines(0), RunStarted("w", ()), *SEARCH)
     assert lines == [
-        "search  tpe over 1,440 settings, at most 16 trials",
+        "search  tpe over 1,440 settings, at most 16 trials that run",
         "trial 1 build  warning  no room for more",
         "trial  1  int4_block_size 32, r 8  best so far  speed p50 4 ms  12 s",
         "trial  2  int4_block_size 64, r 8  meets every goal  speed p50 5 ms  11 s",

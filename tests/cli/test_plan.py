@@ -45,7 +45,7 @@ def test_the_space_the_first_setting_and_what_is_out(written: Callable[..., str]
     done = coldpress("plan", path)
     assert done.returncode == 0, done.stderr
     for said in (
-        "search  random over 24 settings, joint, at most 9 trials",
+        "search  random over 24 settings, joint, at most 9 trials that run",
         "space   step0.a: 1, 2",
         "space   step1.behave: ok, refuse",
         "plans   12 of 24 settings are out: this pass refuses",

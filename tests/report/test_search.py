@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coldpress.record import RunRecord, SearchRecord
+from coldpress.record import GoalRecord, RunRecord, SearchRecord
 from coldpress.report.page import comparison_page, run_page
 from coldpress.report.runs import Run, load_runs
 from coldpress.report.search import history_chart, pareto_chart
@@ -260,3 +260,15 @@ def test_a_comparison_says_which_search_chose_a_run(tmp_path: Path) -> None:
     assert "it misses a goal" in seen.text
     only = Reader(comparison_page(load_runs([tmp_path / "none", tmp_path / "none"])))
     assert "chosen by" not in only.text
+
+
+def test_goals_are_said_in_the_units_of_their_scores() -> None:
+    run = made_up_run(None)
+    asked = GoalRecord(type="threshold", value=6.6e6, bound=6.6e6, met=False, margin=-4000.0)
+    size = run.scores[2].model_copy(update={"metric": "size", "sub_type": "bytes", "unit": "bytes", "value": 6604000.0})
+    kept = asked.model_copy(update={"type": "percent-max-degradation", "value": 2.0, "bound": 34.0, "met": True})
+    scores = (size.model_copy(update={"goal": asked}), run.scores[2].model_copy(update={"goal": kept, "value": 33.0}))
+    reader = Reader(run_page(Run("r", Path("output"), run.model_copy(update={"scores": scores}), {})))
+    said = " ".join(reader.text.split())
+    assert "size: bytes of build: 6.604 MB, wanted at most 6.600 MB: not met" in said
+    assert "perplexity of build: 33, wanted at most 34 (percent-max-degradation 2): met" in said

@@ -29,7 +29,7 @@ from coldpress.events import (
     TrialFinished,
     event_to_json,
 )
-from coldpress.units import duration, quantity, settings_text, size, spread
+from coldpress.units import apart, duration, quantity, settings_text, size, spread
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -219,7 +219,10 @@ def _text(event: Event, width: int) -> str | None:
         )
     if isinstance(event, ScoreMeasured):
         cached = click.style(" (cached)", fg="cyan") if event.cached else ""
-        value = f"{quantity(event.value, event.unit)} {spread(event.standard_error, event.unit)}".rstrip()
+        value = quantity(event.value, event.unit)
+        if event.goal_bound is not None:
+            value, _ = apart(event.value, event.goal_bound, event.unit)
+        value = f"{value} {spread(event.standard_error, event.unit)}".rstrip()
         return f"{event.model:{width}s}  {event.name} {value} (n {event.n:,}){_goal(event)}{cached}"
     if isinstance(event, Message):
         if event.level == "debug":
@@ -249,7 +252,7 @@ _STATES = {
 def _text_of_search(event: Event, trials: int) -> str | None:
     if isinstance(event, SearchStarted):
         many = f"{event.space:,} settings" if event.space != 1 else "one setting"
-        least = "" if event.trials >= event.space else f", at most {event.trials:,} trials"
+        least = "" if event.trials >= event.space else f", at most {event.trials:,} trials that run"
         return f"search  {event.sampler} over {many}{least}"
     if isinstance(event, TrialFinished):
         said, colour = _STATES[event.state]
@@ -276,5 +279,5 @@ def _goal(event: ScoreMeasured) -> str:
     if event.goal is None:
         return ""
     sign = click.style("met", fg="green") if event.goal_met else click.style("NOT MET", fg="red", bold=True)
-    bound = "" if event.goal_bound is None else f" ({quantity(event.goal_bound, event.unit)})"
+    bound = "" if event.goal_bound is None else f" ({apart(event.value, event.goal_bound, event.unit)[1]})"
     return f"  goal {event.goal}{bound} {sign}"

@@ -338,7 +338,7 @@ def _show(scores: Sequence[Any], labels: Sequence[str]) -> None:
             compared = Comparison(score.metric, score.unit, score.higher_is_better, measured)
             row += [compared.change, compared.judgement]
         goal = same[labels[-1]].goal if labels[-1] in same else None
-        row.append("" if goal is None else _goal(goal, score.unit))
+        row.append("" if goal is None else _goal(goal, same[labels[-1]].value, score.unit))
         rows.append([*row, f"{max(one.n for one in same.values()):,}"])
     head = ["", *labels, *(["change", "judged"] if len(labels) > 1 else []), "goal", "n"]
     if not any(row[-2] for row in rows):
@@ -349,8 +349,8 @@ def _show(scores: Sequence[Any], labels: Sequence[str]) -> None:
                "(±: one standard error)")  # fmt: skip
 
 
-def _goal(goal: Any, unit: str) -> str:
-    from coldpress.units import quantity
+def _goal(goal: Any, value: float, unit: str) -> str:
+    from coldpress.units import apart
 
     sign = click.style("met", fg="green") if goal.met else click.style("NOT MET", fg="red")
-    return f"{goal.type} {goal.value:g} ({quantity(goal.bound, unit)}) {sign}"
+    return f"{goal.type} {goal.value:g} ({apart(value, goal.bound, unit)[1]}) {sign}"

@@ -177,7 +177,8 @@ def _show_search(loaded: LoadedConfig, outlook: Any) -> None:
     assert space is not None
     assert strategy is not None
     many = f"{space.size:,} setting{'s' if space.size != 1 else ''}"
-    click.echo(f"search  {strategy.sampler} over {many}, {strategy.execution_order}, at most {outlook.trials:,} trials")
+    least = f"at most {outlook.trials:,} trials that run"
+    click.echo(f"search  {strategy.sampler} over {many}, {strategy.execution_order}, {least}")
     for one in space.dimensions:
         shown = [plain_value(choice) for choice in one.choices[:_CHOICES]]
         more = f", … ({len(one.choices)})" if len(one.choices) > _CHOICES else ""

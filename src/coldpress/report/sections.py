@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coldpress.record import DataRecord, ModelRecord, StepRecord
+from coldpress.record import DataRecord, ModelRecord, ScoreRecord, StepRecord
 from coldpress.report.charts import Chart, cost_chart, curve_chart, logged, score_charts
 from coldpress.report.runs import Run
 from coldpress.report.search import history_chart, pareto_chart, trial_rows
-from coldpress.summary import Comparison, comparisons, models_of, parity_text
-from coldpress.units import duration, settings_text, size
+from coldpress.summary import Comparison, comparisons, models_of, parity_text, score_name
+from coldpress.units import duration, settings_text, size, wanted
 
 __all__ = [
     "SECTIONS",
@@ -70,9 +70,17 @@ def scores(run: Run) -> Section | None:
     models = [name for name in models_of(run.record) if any(name in row.models for row in rows)]
     if not rows:
         return None
-    goals = [score for score in run.record.scores if score.goal is not None]
+    goals = [(score, _goal(score)) for score in run.record.scores if score.goal is not None]
     values = {"rows": [_score_row(row, models) for row in rows], "models": models, "goals": goals}
     return Section("scores", "Before and after", "scores.html", values, tuple(score_charts(rows, models)))
+
+
+def _goal(score: ScoreRecord) -> str:
+    """What a goal asks of a score, in the score's unit, and how the config says it where that is something else."""
+    assert score.goal is not None
+    text = wanted(score.value, score.goal.bound, score.unit, higher_is_better=score.higher_is_better)
+    relative = "" if score.goal.type == "threshold" else f" ({score.goal.type} {score.goal.value:g})"
+    return f"{score_name(score)} of {score.model}: {text}{relative}"
 
 
 def _score_row(row: Comparison, models: list[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from coldpress.scores import Score
 from coldpress.search.gate import Gate
 from coldpress.search.objectives import Objective, dearness, is_cheap, missed
 from coldpress.search.trials import Trial, no_worse, total_violation
-from coldpress.units import quantity
+from coldpress.units import apart, quantity, wanted
 
 __all__ = ["Asked", "Bench", "Planned", "again", "plan_trial", "run_trial", "unmeasured"]
 
@@ -119,7 +119,8 @@ def plan_trial(
     too_large = None if asked.steps is not None else _too_large(plan, baselines)
     if too_large is not None:
         metric, allowed = too_large
-        why = f"{metric}: its weights alone are {quantity(weights, 'bytes')}, allowed are {quantity(allowed, 'bytes')}"
+        have, most = apart(weights, allowed, "bytes")
+        why = f"{metric}: its weights alone are {have}, allowed are {most}"
         reason = f"{metric}: weights alone are over {quantity(allowed, 'bytes')}"
         return out(why, (weights - allowed) / (abs(allowed) or 1.0), reason)
     return Planned(asked, plan)
@@ -304,6 +305,5 @@ def _said(score: Score) -> str:
     """A goal that is missed, in words."""
     assert score.goal is not None
     name = Objective(score.metric, score.sub_type, 0)
-    least = "at least" if score.higher_is_better else "at most"
     sure = "" if score.goal.sure or score.standard_error is None else ", within two standard errors"
-    return f"{name} {quantity(score.value, score.unit)}, wanted {least} {quantity(score.goal.bound, score.unit)}{sure}"
+    return f"{name} {wanted(score.value, score.goal.bound, score.unit, higher_is_better=score.higher_is_better)}{sure}"
