@@ -18,7 +18,7 @@ from coldpress.artifacts.classifiers import CLASSIFICATION
 from coldpress.data.tokenizer import Tokenizer
 from coldpress.evaluate.classifier import ClassifierRunner
 from coldpress.evaluate.divergence import compare, compare_classes
-from coldpress.evaluate.onnx_runner import provider_here
+from coldpress.evaluate.onnx_session import provider_here
 from coldpress.evaluate.runners import LayerwiseRunner, open_runner
 from coldpress.evaluate.size import files_to_run
 from coldpress.evaluate.texts import SEQUENCE_TOKENS, class_sequences, text_sequences

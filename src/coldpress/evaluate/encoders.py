@@ -20,7 +20,7 @@ from coldpress.artifacts.classifiers import is_classifier, labels_of
 from coldpress.config.metrics import RunnerChoice
 from coldpress.errors import CheckpointError
 from coldpress.evaluate.abilities import Ability
-from coldpress.evaluate.onnx_runner import open_session
+from coldpress.evaluate.onnx_session import open_session
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,6 @@ yields new caches each time.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,11 @@ from coldpress.artifacts.adapter import AdapterWeights
 from coldpress.artifacts.adapter_inputs import ADAPTER_FILE, FORMATS, lora_inputs
 from coldpress.artifacts.base import read_json
 from coldpress.config.metrics import RunnerChoice
-from coldpress.errors import CheckpointError, StepError
+from coldpress.errors import CheckpointError
 from coldpress.evaluate.abilities import Ability, Stop
+from coldpress.evaluate.onnx_cache import ROOM, Past, floats, ort_value
+from coldpress.evaluate.onnx_session import onnxruntime_errors, open_session, require_provider
 from coldpress.evaluate.reading import Reader
-from coldpress.hardware import detect
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Logits = npt.NDArray[np.float32]
 
-__all__ = ["EVALUATION_GRAPH", "OnnxRunner", "onnxruntime_errors", "open_session", "provider_here"]
+__all__ = ["EVALUATION_GRAPH", "OnnxRunner"]
 
 EVALUATION_GRAPH = "coldpress.evaluation_graph"
 """Metadata of a graph whose logits are of the last position only: the file beside it that yields them all."""
@@ -43,93 +43,8 @@ _SPINNING = "session.intra_op.allow_spinning"
 """Whether threads wait busily; beside other work that is slow, so the builder turns it off but for one profile."""
 _PREFIX_SHARE = 2.0
 """Prompts run one by one after their shared prefix only where it is so many times as long as the rest."""
-_ROOM = 32
-"""Tokens that a cache has room for beyond those in it."""
 
 _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-
-
-def open_session(
-    graph: Path, provider: str, threads: int | None = None, entries: Mapping[str, str] | None = None
-) -> Any:
-    """An ONNX Runtime session; raises CheckpointError, and StepError for a provider that is not there."""
-    import onnxruntime
-
-    _require(provider)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or detect().threads
-    options.log_severity_level = 3
-    for key, value in (entries or {}).items():
-        options.add_session_config_entry(key, value)
-    try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=[provider])
-    except onnxruntime_errors() as error:
-        raise CheckpointError(f"ONNX Runtime cannot load {graph}: {error}") from error
-    if provider not in session.get_providers():  # it goes on with the CPU where the device or a library is missing
-        raise StepError(
-            f"the model is built for {provider}, which the installed ONNX Runtime has but cannot use here",
-            hint="`coldpress doctor` shows the machine; are the device, its driver and the provider's libraries there?",
-        )
-    return session
-
-
-def provider_here(provider: str) -> bool:
-    """Whether models for an execution provider can be expected to run on this machine."""
-    import onnxruntime
-
-    needs_gpu = provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-    return provider in onnxruntime.get_available_providers() and (not needs_gpu or bool(detect().gpus))
-
-
-def _require(provider: str) -> None:
-    import onnxruntime
-
-    if provider not in onnxruntime.get_available_providers():
-        raise StepError(
-            f"the model is built for {provider}, which the installed ONNX Runtime does not have",
-            hint=f"it has: {', '.join(onnxruntime.get_available_providers())}",
-        )
-
-
-@dataclass
-class _Past:
-    """Prompts that were run: name -> OrtValue [row, head, token, size], padded on the right.
-
-    A token more is written behind each row's last, into the same caches where they have room: what was there before
-    stays as it is, so that another token may take its place afterwards.
-    """
-
-    caches: dict[str, Any]
-    mask: Any
-    """int64 [rows, tokens]."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [int(count) for count in self.mask.sum(axis=1)]
-
-    def rows(self, chosen: Sequence[int]) -> _Past:
-        """Some rows, no wider than they need."""
-        width = int(self.mask[list(chosen)].any(axis=0).nonzero()[0].max()) + 1
-        if list(chosen) == list(range(len(self.mask))) and width == self.mask.shape[1]:
-            return self
-        caches = {name: _ort_value(one.numpy()[list(chosen), :, :width]) for name, one in self.caches.items()}
-        return _Past(caches, self.mask[list(chosen), :width])
-
-    def with_room(self, tokens: int) -> _Past:
-        """The same, in caches for so many tokens and some more."""
-        import numpy as np
-
-        if next(iter(self.caches.values())).shape()[2] >= tokens:
-            return self
-        more = max(_ROOM, tokens // 4)
-        caches = {}
-        for name, one in self.caches.items():
-            had = one.numpy()
-            wide = np.zeros((*had.shape[:2], tokens + more, had.shape[3]), had.dtype)
-            wide[:, :, : had.shape[2]] = had
-            caches[name] = _ort_value(wide)
-        return _Past(caches, self.mask)
 
 
 class _Row(Reader):
@@ -138,7 +53,7 @@ class _Row(Reader):
     def __init__(self, runner: OnnxRunner) -> None:
         super().__init__()
         self._runner = runner
-        self._past: _Past | None = None
+        self._past: Past | None = None
 
     def append(self, ids: Sequence[int], known: int, keep: int) -> Logits:
         import numpy as np
@@ -180,7 +95,7 @@ class OnnxRunner:
         genai = _sizes(folder)
         decoder = genai.get("decoder", {})
         self._graph = folder / str(decoder.get("filename", "model.onnx"))
-        _require(execution_provider)
+        require_provider(execution_provider)
         if not self._graph.is_file():
             raise CheckpointError(f"{self._graph} is missing", hint="is the model complete?")
         self._provider, self._threads = execution_provider, threads
@@ -352,7 +267,7 @@ class OnnxRunner:
 
     def start(
         self, prompts: Sequence[Sequence[int]], *, shared: int = 0
-    ) -> tuple[_Past | Sequence[Sequence[int]], Logits]:
+    ) -> tuple[Past | Sequence[Sequence[int]], Logits]:
         import numpy as np
 
         lengths = [len(ids) for ids in prompts]
@@ -360,14 +275,14 @@ class OnnxRunner:
             return prompts, np.concatenate([self._row.read(ids) for ids in prompts])
         return self._started(prompts)
 
-    def _started(self, prompts: Sequence[Sequence[int]]) -> tuple[_Past, Logits]:
+    def _started(self, prompts: Sequence[Sequence[int]]) -> tuple[Past, Logits]:
         """The caches of prompts, and the scores of the next token."""
         import numpy as np
 
         session = self._decoding if self._prompt_graph is None else self._open(self._prompt_graph)
         lengths = [len(ids) for ids in prompts]
-        feeds, mask = self._prompt_feeds(session, prompts, room=max(lengths) + _ROOM if self._in_place else 0)
-        scores, past = self._run(session, {name: _ort_value(one) for name, one in feeds.items()}, mask)
+        feeds, mask = self._prompt_feeds(session, prompts, room=max(lengths) + ROOM if self._in_place else 0)
+        scores, past = self._run(session, {name: ort_value(one) for name, one in feeds.items()}, mask)
         last = np.array(lengths) - 1 if scores.shape[1] > 1 else np.zeros(len(lengths), np.int64)
         return past, scores[np.arange(len(prompts)), last]
 
@@ -376,33 +291,33 @@ class OnnxRunner:
         """Whether the graph as it is used yields the logits of every token it is given."""
         return EVALUATION_GRAPH not in self._outline(self._graph)[0]
 
-    def after(self, past: _Past | None, new: Sequence[int]) -> tuple[Logits, _Past]:
+    def after(self, past: Past | None, new: Sequence[int]) -> tuple[Logits, Past]:
         """Logits of tokens behind the cache of one row: [tokens, or 1, vocabulary]."""
         import numpy as np
 
         if past is None:
-            room = len(new) + _ROOM if self._in_place else 0
+            room = len(new) + ROOM if self._in_place else 0
             feeds, mask = self._prompt_feeds(self._decoding, [new], room=room)
-            feeds = {name: _ort_value(one) for name, one in feeds.items()}
+            feeds = {name: ort_value(one) for name, one in feeds.items()}
         else:
             mask = np.ones((1, past.mask.shape[1] + len(new)), np.int64)
             feeds = self._feeds_after(past, [new], mask)
         scores, now = self._run(self._decoding, feeds, mask)
         return scores[0], now
 
-    def cut(self, past: _Past, tokens: int) -> _Past:
+    def cut(self, past: Past, tokens: int) -> Past:
         """The first tokens of one row."""
         mask = past.mask[:, :tokens]
         if self._in_place:
-            return _Past(past.caches, mask)
-        return _Past({name: _ort_value(one.numpy()[:, :, :tokens]) for name, one in past.caches.items()}, mask)
+            return Past(past.caches, mask)
+        return Past({name: ort_value(one.numpy()[:, :, :tokens]) for name, one in past.caches.items()}, mask)
 
-    def _run(self, session: Any, feeds: dict[str, Any], mask: Any) -> tuple[Any, _Past]:
+    def _run(self, session: Any, feeds: dict[str, Any], mask: Any) -> tuple[Any, Past]:
         """Logits as an array, and the cache after it."""
         names = [name for name in self._outline(self._graph)[1] if name.startswith("past_key_values.")]
         if not self._in_place:
             out = session.run_with_ort_values(["logits", *map(_present, names)], feeds, self._options)
-            return _floats(out[0]), _Past(dict(zip(names, list(out)[1:], strict=True)), mask)
+            return floats(out[0]), Past(dict(zip(names, list(out)[1:], strict=True)), mask)
         bound = session.io_binding()
         for name, value in feeds.items():
             bound.bind_ortvalue_input(name, value)
@@ -410,9 +325,9 @@ class OnnxRunner:
             bound.bind_ortvalue_output(_present(name), feeds[name])
         bound.bind_output("logits")
         session.run_with_iobinding(bound, self._options)
-        return _floats(bound.get_outputs()[-1]), _Past({name: feeds[name] for name in names}, mask)
+        return floats(bound.get_outputs()[-1]), Past({name: feeds[name] for name in names}, mask)
 
-    def _feeds_after(self, past: _Past, tokens: Sequence[Sequence[int]], mask: Any) -> dict[str, Any]:
+    def _feeds_after(self, past: Past, tokens: Sequence[Sequence[int]], mask: Any) -> dict[str, Any]:
         """Inputs for as many new tokens in every row, behind a cache; `mask` covers both."""
         import numpy as np
 
@@ -423,9 +338,9 @@ class OnnxRunner:
             new = feeds["input_ids"].shape[1]
             feeds["position_ids"] = mask.sum(axis=1, keepdims=True) - new + np.arange(new)
         caches = past.with_room(mask.shape[1]).caches if self._in_place else past.caches
-        return {**{name: _ort_value(one) for name, one in feeds.items()}, **caches}
+        return {**{name: ort_value(one) for name, one in feeds.items()}, **caches}
 
-    def _step(self, past: _Past, tokens: Sequence[int]) -> tuple[Logits, _Past]:
+    def _step(self, past: Past, tokens: Sequence[int]) -> tuple[Logits, Past]:
         """One token behind each row."""
         import numpy as np
 
@@ -436,11 +351,11 @@ class OnnxRunner:
         return out[:, -1], now
 
     def following(
-        self, state: _Past | Sequence[Sequence[int]], rows: Sequence[int], tokens: Sequence[Sequence[int]]
+        self, state: Past | Sequence[Sequence[int]], rows: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> list[Logits]:
         import numpy as np
 
-        if not isinstance(state, _Past):
+        if not isinstance(state, Past):
             return [self._row.read([*state[row], *new], len(new)) for row, new in zip(rows, tokens, strict=True)]
         if self._fits_beside(state, rows, tokens):
             return self._beside_others(state, rows, tokens)
@@ -456,13 +371,13 @@ class OnnxRunner:
                 found[place] = np.stack([one[row] for one in scores])
         return found
 
-    def _fits_beside(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> bool:
+    def _fits_beside(self, state: Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> bool:
         """Whether all rows can go on together: each is asked once, most of them are, and none leaves the context."""
         longest = max(state.lengths) + max(len(one) for one in tokens)
         within = self.context_length is None or longest <= self.context_length
         return within and len(set(rows)) == len(rows) and 2 * len(rows) >= len(state.mask)
 
-    def _beside_others(self, state: _Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
+    def _beside_others(self, state: Past, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Logits]:
         """All rows go on, so that no cache is copied; what the others, and those that are done, yield is not used."""
         import numpy as np
 
@@ -543,19 +458,6 @@ def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
-def _floats(value: Any) -> Logits:
-    """Of an OrtValue, as float32."""
-    array: Logits = value.numpy().astype("float32", copy=False)
-    return array
-
-
-def _ort_value(array: Any) -> Any:
-    import numpy as np
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-
 def _prompt_graph(folder: Path, genai: dict[str, Any]) -> Path | None:
     """The graph that GenAI runs in place of the first one for more than one token."""
     for stages in genai.get("decoder", {}).get("pipeline", []):
@@ -563,12 +465,3 @@ def _prompt_graph(folder: Path, genai: dict[str, Any]) -> Path | None:
             if not stage.get("run_on_token_gen", True):
                 return folder / str(stage["filename"])
     return None
-
-
-def onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises; its exceptions share no base class but Exception."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "EPFail")
-    found = [getattr(state, name) for name in names if hasattr(state, name)]
-    return (RuntimeError, ValueError, OSError, *found)

@@ -21,7 +21,8 @@ from coldpress.evaluate.abilities import ABILITIES, LogitsRunner, Needs, Runner
 from coldpress.evaluate.classifier import ClassifierRunner, has_layout
 from coldpress.evaluate.encoders import OnnxEncoder, TorchEncoder, config_of, is_encoder
 from coldpress.evaluate.genai_runner import GenAIRunner
-from coldpress.evaluate.onnx_runner import OnnxRunner, provider_here
+from coldpress.evaluate.onnx_runner import OnnxRunner
+from coldpress.evaluate.onnx_session import provider_here
 from coldpress.evaluate.torch_runner import LayerwiseRunner, TorchRunner
 from coldpress.hardware import detect
 

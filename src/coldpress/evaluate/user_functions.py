@@ -25,7 +25,7 @@ from coldpress.errors import PlanError, StepError
 from coldpress.evaluate.abilities import Ability
 from coldpress.evaluate.accuracy import answers_of
 from coldpress.evaluate.bench import Bench
-from coldpress.evaluate.onnx_runner import open_session
+from coldpress.evaluate.onnx_session import open_session
 from coldpress.registry import nearest
 from coldpress.scores import Measurement
 
