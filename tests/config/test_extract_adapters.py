@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from coldpress.config.load import load_config
+from coldpress.errors import ConfigError
 from coldpress.registry import PASSES
 
 CONFIG: dict[str, Any] = {
@@ -57,3 +58,29 @@ def test_how_olive_stores_adapters_is_no_error() -> None:
         "passes.extract.pack_inputs",
         "passes.extract.save_as_external_data",
     ]
+
+
+def test_a_conversion_and_a_builder_of_metadata_are_one_builder() -> None:
+    """As AI Toolkit's templates have it: the builder comes last there, and has to come before the adapter's pass."""
+    types = {name: PASSES[name].Config for name in PASSES}
+    passes = {
+        "convert": {"type": "OnnxConversion", "target_opset": 17},
+        "optimize": {"type": "OrtTransformersOptimization", "float16": True},
+        "extract": {"type": "ExtractAdapters"},
+        "builder": {"type": "ModelBuilder", "metadata_only": True, "precision": "fp16"},
+    }
+    found = load_config({**CONFIG, "passes": passes}, (), passes=types)
+    assert list(found.workflow.passes) == ["builder", "extract"]
+    builder = found.workflow.passes["builder"].config
+    assert (builder.precision, builder.metadata_only, builder.adapter) == ("fp16", False, "inputs")
+    assert [rewrite for rewrite in found.rewrites if "which builds the model" in rewrite.new]
+
+
+def test_builders_that_stay_as_they_are() -> None:
+    """Metadata alone is refused by `check`, and a conversion beside a whole builder by its name."""
+    types = {name: PASSES[name].Config for name in PASSES}
+    alone = {"builder": {"type": "ModelBuilder", "metadata_only": True, "precision": "fp16"}}
+    assert load_config({**CONFIG, "passes": alone}, (), passes=types).workflow.passes["builder"].config.metadata_only
+    beside = {"convert": {"type": "OnnxConversion"}, "one": {"type": "ModelBuilder", "precision": "int4"}}
+    with pytest.raises(ConfigError, match="OnnxConversion"):
+        load_config({**CONFIG, "passes": beside}, (), passes=types)

@@ -58,6 +58,11 @@ _LACKING: dict[str, frozenset[str]] = {
     ),
 }  # fmt: skip
 """Parameters of Olive's pass of the same name: one that ours has not is no typing error."""
+_CONVERSIONS = (
+    "onnxconversion", "optimumconversion", "orttransformersoptimization", "orttransformeroptimization",
+    "onnxfloattofloat16",
+)  # fmt: skip
+"""What Olive makes an ONNX model with for which ModelBuilder then writes the metadata."""
 _FILES = "large weights lie beside the graph, in one file"
 _NO_MATTER: dict[str, str] = {
     "save_as_external_data": _FILES,
@@ -68,6 +73,32 @@ _NO_MATTER: dict[str, str] = {
     "pack_inputs": "each product's two matrices are inputs of their own",
 }
 """Of these, those that change how a model is stored and not what it computes."""
+
+
+def _one_builder(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
+    """Olive's conversion, its optimization and a builder of metadata are one builder here, in the first's place."""
+    types = {name: (node.text("type") or "").lower() for name, node in parent.members.items()}
+    names = [name.lower() for name, new in RENAMED_PASSES.items() if new == "ModelBuilder"]
+    builders = [
+        name
+        for name, node in parent.members.items()
+        if types[name] in ("modelbuilder", *names) and (flag := node.get("metadata_only")) and flag.value is True
+    ]
+    folded = [name for name, kind in types.items() if kind in _CONVERSIONS]
+    if len(builders) != 1 or not folded:
+        return
+    (builder,) = builders
+    del parent.members[builder].members["metadata_only"]
+    first = next(name for name in parent.members if name in (builder, *folded))
+    told = ", ".join(f"{at}.{name}" for name in folded)
+    rw.told("passes.conversion", parent.members[folded[0]], f"{at}.{builder}, which builds the model: {told} dropped")
+    kept: dict[str, Node] = {}
+    for name, node in parent.members.items():
+        if name == first:
+            kept[builder] = parent.members[builder]
+        if name != builder and name not in folded:
+            kept[name] = node
+    parent.value = kept
 
 
 def _pass_types(rw: Rewriting, rule: Rule, parent: Node, at: str) -> None:
@@ -411,6 +442,7 @@ _TRAINING: tuple[Rule, ...] = (
 )  # fmt: skip
 
 RULES: tuple[Rule, ...] = (
+    Rule("passes", "*", Custom(_one_builder)),
     Rule("passes", "*", Custom(_pass_types)),
     Rule("passes", "*", Custom(_extracted)),
     Rule("pass", "disable_search", Custom(_disable_search)),
