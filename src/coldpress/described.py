@@ -1,6 +1,6 @@
 """Types whose fields say what they are: the string under a field is its description in the JSON Schema.
 
-Source is read when a schema is made, not when a class is: most runs make none, and a class costs a millisecond so.
+Source is read when a schema is made, not when a class is: most runs make none.
 Validators are built when a type is first used, for the same reason.
 """
 

@@ -13,7 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Gpu", "Hardware", "detect", "library_versions"]
+__all__ = ["NVIDIA_PROVIDERS", "Gpu", "Hardware", "detect", "library_versions"]
+
+NVIDIA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+"""Execution providers whose device is a GPU that nvidia-smi lists; of the others' GPUs it knows nothing."""
 
 _INTERESTING = (
     "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",

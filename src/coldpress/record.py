@@ -1,7 +1,8 @@
 """What a run leaves behind, as typed values: `run.json` (`failed.json` of a run that failed) and `training.json`.
 
 The string under a field is its description in the JSON Schema (`coldpress schema --record`) and in docs/run-record.md.
-A reader ignores what it does not know; a field is only ever added, or `record_version` is raised.
+A reader ignores what it does not know; a field is only ever added, or `record_version` is raised. All types of the
+record stand in this one file, however long it is, because they are read, and made into one page, together.
 """
 
 from __future__ import annotations

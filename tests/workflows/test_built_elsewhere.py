@@ -49,8 +49,14 @@ def test_a_build_needs_no_gpu(phi3: Path, tmp_path: Path, provider: str) -> None
 def test_what_is_not_here_is_not_measured(phi3: Path, tmp_path: Path) -> None:
     metric = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes"}]}
     document = workflow(phi3, tmp_path, "CUDA", evaluators={"size": {"metrics": [metric]}}, evaluator="size")
-    with pytest.raises(ConfigError, match="CUDAExecutionProvider cannot be measured here"):
+    with pytest.raises(ConfigError, match="CUDAExecutionProvider cannot be measured here") as caught:
         coldpress.run(document)
+    assert [problem.path for problem in caught.value.problems] == ["evaluator"]
+    del document["evaluator"]
+    document["passes"]["build"]["evaluator"] = "size"
+    with pytest.raises(ConfigError, match="cannot be measured here") as caught:
+        coldpress.run(document)
+    assert [problem.path for problem in caught.value.problems] == ["passes.build.evaluator"]
 
 
 def test_a_bf16_graph_has_no_proof_here(phi3: Path, tmp_path: Path) -> None:

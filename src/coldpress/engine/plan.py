@@ -27,7 +27,7 @@ from coldpress.engine.places import Places, ResolvedModel, model_files, spec_of_
 from coldpress.engine.store import Store
 from coldpress.engine.unseen import without_the_model
 from coldpress.errors import CheckpointError, ConfigError, DataError, MissingExtraError, PlanError, Problem
-from coldpress.hardware import Gpu, Hardware, detect, library_versions
+from coldpress.hardware import NVIDIA_PROVIDERS, Gpu, Hardware, detect, library_versions
 from coldpress.passes.base import Estimate, Limits, PlanContext
 from coldpress.registry import PASSES
 from coldpress.systems.hosts import Host
@@ -104,10 +104,6 @@ class Plan:
 
     def evaluator(self, name: str) -> Evaluator:
         return self.evaluators[name]
-
-
-_NEED_NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider")
-"""Execution providers of a system whose device is a GPU that nvidia-smi lists; other GPUs, it knows nothing of."""
 
 
 class _Planner:
@@ -226,14 +222,16 @@ class _Planner:
                     "build fp16, or without a proof (parity: {enabled: false})",
                 )
             else:
-                self.notes.append(
-                    f"{step.name} is built for {provider} and proved on the CPU: {self._lacking(accelerator)}"
-                )
+                self.notes.append(f"{step.name} is built for {provider} and proved on the CPU: {lacking}")
 
     def _lacking(self, accelerator: Accelerator) -> str | None:
         """Why models for an accelerator cannot run here; None where they can."""
         provider = accelerator.execution_providers[0]
-        if accelerator.device == "gpu" and provider in _NEED_NVIDIA and not self.hardware.gpus:
+        if (
+            accelerator.device == "gpu"
+            and provider in (*NVIDIA_PROVIDERS, "CPUExecutionProvider")
+            and not self.hardware.gpus
+        ):
             return "this machine has no GPU that nvidia-smi lists"
         if provider not in ("CPUExecutionProvider", *self.hardware.execution_providers):
             present = ", ".join(self.hardware.execution_providers) or "nothing: it is not installed"
@@ -411,7 +409,7 @@ class _Planner:
             )
             self.refuse(
                 f"what is made for {accelerator.execution_providers[0]} cannot be measured here: {lacking}",
-                at[0],
+                at,
                 "leave the evaluator out to build only, and measure with `coldpress eval` where the device is; "
                 "no measurement falls back to the CPU by itself",
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import CheckpointError, StepError
-from coldpress.hardware import detect
+from coldpress.hardware import NVIDIA_PROVIDERS, detect
 
 __all__ = ["onnxruntime_errors", "open_session", "provider_here", "require_provider"]
 
@@ -40,8 +40,8 @@ def provider_here(provider: str) -> bool:
     """Whether models for an execution provider can be expected to run on this machine."""
     import onnxruntime
 
-    needs_gpu = provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-    return provider in onnxruntime.get_available_providers() and (not needs_gpu or bool(detect().gpus))
+    lacks_gpu = provider in NVIDIA_PROVIDERS and not detect().gpus
+    return provider in onnxruntime.get_available_providers() and not lacks_gpu
 
 
 def require_provider(provider: str) -> None:
